@@ -1,0 +1,34 @@
+"""The one family of exceptions that qpack raises for bad input and failed work.
+
+A message is one line: lower case, no full stop, naming the file or tensor, what was expected and what was found.
+Every class is picklable, since errors cross worker processes. Programming errors stay TypeError, ValueError and so on.
+The command line prints any of these as ``error: MESSAGE`` and exits with status 1.
+"""
+
+
+class QpackError(Exception):
+    """Base of all qpack errors."""
+
+
+class CheckpointError(QpackError):
+    """A model directory, index or safetensors file that is missing, malformed, unsafe or not of the kind asked for."""
+
+
+class AdapterError(QpackError):
+    """A LoRA adapter that is malformed, of a kind that cannot be used here, or of another base."""
+
+
+class DataError(QpackError):
+    """Training data or a settings file that cannot be used; the message names file and line."""
+
+
+class TrainingError(QpackError):
+    """Training stopped: the loss or a gradient stopped being finite, or the base cannot be trained."""
+
+
+class ServeError(QpackError):
+    """The server cannot start with these options, or its engine died."""
+
+
+class OutputExistsError(QpackError):
+    """The output is already there and ``force`` was not given."""

@@ -1,0 +1,89 @@
+"""Merging an adapter into its base: a plain 16-bit checkpoint that any tool reads.
+
+Each weight is ``round(dequantize(W) + scale * B @ A)``: the packed base that the adapter was trained on, changed in
+f32, rounded once. Never back to 4 bits, where most codes would round to what they were and lose the adapter.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpack import _core
+from qpack.adapter import Adapter
+from qpack.checkpoint import Checkpoint
+from qpack.companions import copy_companions, write_config
+from qpack.errors import AdapterError
+from qpack.inspection import Inspection, inspect
+from qpack.modules import OUTPUT_EMBEDDING
+from qpack.output import new_directory, refuse_existing
+from qpack.sizes import parse_size
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What `merge` did."""
+
+    merged: int
+    """Number of weights that the adapter changed."""
+    result: Inspection
+    """What the merged directory holds."""
+    seconds: float
+
+
+def merge(
+    base: Path | str,
+    adapter: Path | str,
+    destination: Path | str,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_size: int | str = "5GB",
+    threads: int | None = None,
+    force: bool = False,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> MergeReport:
+    """Write ``base`` with ``adapter`` merged in to the new directory ``destination``, as ``dtype``.
+
+    The base may be packed or plain. ``on_progress`` gets bytes of the base done and in all.
+
+    Raises:
+        CheckpointError: if the base is malformed.
+        AdapterError: if the adapter is malformed, of a kind that cannot be merged, or of another base.
+        OutputExistsError: if ``destination`` exists and ``force`` is not set.
+        ValueError: for an illegal ``dtype`` or ``max_shard_size``.
+    """
+    start = time.monotonic()
+    destination = Path(destination)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    max_shard_bytes = parse_size(max_shard_size)
+    checkpoint = Checkpoint.open(base)
+    opened = Adapter.open(adapter)
+    opened.check_base(checkpoint)
+    _refuse_tied_head(checkpoint, opened)
+    refuse_existing(destination, force=force)
+    with new_directory(destination, force=force) as partial:
+        _core.merge(
+            checkpoint.shards,
+            opened.weights_path,
+            partial,
+            {name: (factors.a, factors.b, factors.scale) for name, factors in opened.factors.items()},
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            threads=threads or 0,
+            on_progress=on_progress,
+        )
+        copy_companions(checkpoint.directory, partial)
+        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        config.pop("torch_dtype", None)
+        write_config(partial, config | {"dtype": dtype})
+    return MergeReport(len(opened.factors), inspect(destination), time.monotonic() - start)
+
+
+def _refuse_tied_head(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Refuse a change of an output embedding that is also the input embedding: it would change both."""
+    name = f"{OUTPUT_EMBEDDING}.weight"
+    if name in adapter.factors and checkpoint.config.get("tie_word_embeddings"):
+        raise AdapterError(f"{adapter.path}: changes {name}, which the base {checkpoint.directory} ties to its input")

@@ -1,0 +1,155 @@
+//! Element types of safetensors files, and conversion between bytes and f32 for the three that hold weights.
+//!
+//! Names are those of the safetensors header (<https://github.com/huggingface/safetensors>, `Dtype`). Types of less
+//! than a byte an element are not read.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+macro_rules! dtypes {
+    ($($variant:ident $name:literal $size:literal,)*) => {
+        /// Element type of a tensor, as named in a safetensors header.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[allow(missing_docs, non_camel_case_types)]
+        pub enum Dtype { $($variant,)* }
+
+        impl Dtype {
+            /// The name in a safetensors header.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// Bytes an element.
+            pub fn size(self) -> u64 {
+                match self { $(Self::$variant => $size,)* }
+            }
+
+            /// The type of this safetensors name, if it is one that is known.
+            pub fn parse(name: &str) -> Option<Self> {
+                match name { $($name => Some(Self::$variant),)* _ => None }
+            }
+        }
+    };
+}
+
+dtypes! {
+    Bool "BOOL" 1,
+    U8 "U8" 1,
+    I8 "I8" 1,
+    F8E4M3 "F8_E4M3" 1,
+    F8E5M2 "F8_E5M2" 1,
+    F8E8M0 "F8_E8M0" 1,
+    F8E4M3Fnuz "F8_E4M3FNUZ" 1,
+    F8E5M2Fnuz "F8_E5M2FNUZ" 1,
+    I16 "I16" 2,
+    U16 "U16" 2,
+    F16 "F16" 2,
+    BF16 "BF16" 2,
+    I32 "I32" 4,
+    U32 "U32" 4,
+    F32 "F32" 4,
+    C64 "C64" 8,
+    F64 "F64" 8,
+    I64 "I64" 8,
+    U64 "U64" 8,
+}
+
+/// The element types that weights are computed from and written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float {
+    /// bfloat16
+    BF16,
+    /// IEEE half precision
+    F16,
+    /// IEEE single precision
+    F32,
+}
+
+impl Float {
+    /// The float type of a header dtype, where weights of that dtype can be computed with.
+    pub fn from_dtype(dtype: Dtype) -> Option<Self> {
+        match dtype {
+            Dtype::BF16 => Some(Self::BF16),
+            Dtype::F16 => Some(Self::F16),
+            Dtype::F32 => Some(Self::F32),
+            _ => None,
+        }
+    }
+
+    /// The header dtype.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::BF16 => Dtype::BF16,
+            Self::F16 => Dtype::F16,
+            Self::F32 => Dtype::F32,
+        }
+    }
+
+    /// The name torch gives it, as it stands in a quant state's JSON.
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            Self::BF16 => "bfloat16",
+            Self::F16 => "float16",
+            Self::F32 => "float32",
+        }
+    }
+
+    /// The float type that torch gives this name.
+    pub fn from_torch_name(name: &str) -> Option<Self> {
+        [Self::BF16, Self::F16, Self::F32].into_iter().find(|float| float.torch_name() == name)
+    }
+
+    /// Bytes an element.
+    pub fn size(self) -> usize {
+        self.dtype().size() as usize
+    }
+
+    /// Decode little-endian `bytes` to f32, exactly.
+    ///
+    /// # Panics
+    /// If the lengths do not match.
+    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        assert_eq!(bytes.len(), out.len() * self.size(), "bytes and elements differ in number");
+        match self {
+            Self::BF16 => {
+                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes(*raw)) << 16);
+                }
+            }
+            Self::F16 => {
+                let halves: Vec<f16> = bytes.as_chunks::<2>().0.iter().map(|raw| f16::from_le_bytes(*raw)).collect();
+                halves.convert_to_f32_slice(out);
+            }
+            Self::F32 => {
+                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *value = f32::from_le_bytes(*raw);
+                }
+            }
+        }
+    }
+
+    /// Encode `values`, rounding once, to nearest with ties to even.
+    ///
+    /// # Panics
+    /// If the lengths do not match.
+    pub fn encode(self, values: &[f32], out: &mut [u8]) {
+        assert_eq!(out.len(), values.len() * self.size(), "bytes and elements differ in number");
+        match self {
+            Self::BF16 => {
+                for (raw, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                    *raw = bf16::from_f32(*value).to_le_bytes();
+                }
+            }
+            Self::F16 => {
+                for (raw, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                    *raw = f16::from_f32(*value).to_le_bytes();
+                }
+            }
+            Self::F32 => {
+                for (raw, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                    *raw = value.to_le_bytes();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Bytes and arithmetic of qpack.
+//!
+//! Data flows one way: a [`safetensors::File`] is validated once, on open; a [`stream::Plan`] fixes every output header
+//! before the first byte; [`stream::Plan::write`] then runs one [`stream::Recipe`] per weight ([`pack`] or [`merge`]),
+//! chunk by chunk and in any order, since every byte's place is known. Nothing here knows about models, Hugging Face
+//! or Python: which tensors to pack, and where an adapter's delta goes, is decided by the caller.
+
+mod dtype;
+mod error;
+mod job;
+pub mod lora;
+pub mod merge;
+pub mod nested;
+pub mod nf4;
+pub mod pack;
+pub mod quant_state;
+pub mod safetensors;
+pub mod stream;
+
+pub use dtype::{Dtype, Float};
+pub use error::{Error, Result};
+pub use job::Job;

@@ -1,0 +1,122 @@
+//! The tensors of several safetensors files, found by name.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::{File, TensorInfo};
+use crate::{Error, Float, Result};
+
+/// Several open safetensors files whose tensors have distinct names.
+#[derive(Debug)]
+pub struct Checkpoint {
+    files: Vec<File>,
+    /// Indices into `files` and its tensors.
+    by_name: HashMap<String, (usize, usize)>,
+}
+
+/// One tensor of an open file.
+#[derive(Debug, Clone, Copy)]
+pub struct Tensor<'a> {
+    /// The file that holds it.
+    pub file: &'a File,
+    /// Name, dtype, shape and place.
+    pub info: &'a TensorInfo,
+}
+
+impl Checkpoint {
+    /// Open and validate `paths`.
+    ///
+    /// # Errors
+    /// As [`File::open`]; [`Error::Malformed`] if a name occurs twice.
+    pub fn open(paths: &[PathBuf]) -> Result<Self> {
+        let files = paths.iter().map(|path| File::open(path)).collect::<Result<Vec<_>>>()?;
+        let mut by_name = HashMap::new();
+        for (file_index, file) in files.iter().enumerate() {
+            for (tensor_index, tensor) in file.tensors().iter().enumerate() {
+                if let Some((other, _)) = by_name.insert(tensor.name.clone(), (file_index, tensor_index)) {
+                    let other: &File = &files[other];
+                    let reason = format!("tensor {} is in {} too", tensor.name, other.path().display());
+                    return Err(Error::malformed(file.path(), reason));
+                }
+            }
+        }
+        Ok(Self { files, by_name })
+    }
+
+    /// All tensors, file by file, in the order of their bytes.
+    pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
+        self.files.iter().flat_map(|file| file.tensors().iter().map(move |info| Tensor { file, info }))
+    }
+
+    /// The tensor of this name.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`], naming the first file, if there is none.
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        let path = self.files.first().map_or(Path::new(""), File::path);
+        self.get(name).ok_or_else(|| Error::malformed(path, format!("no tensor {name}")))
+    }
+
+    /// The tensor of this name, if there is one.
+    pub fn get(&self, name: &str) -> Option<Tensor<'_>> {
+        let &(file, tensor) = self.by_name.get(name)?;
+        let file = &self.files[file];
+        Some(Tensor { file, info: &file.tensors()[tensor] })
+    }
+}
+
+impl Tensor<'_> {
+    /// A [`Error::Malformed`] that names the file and this tensor.
+    pub fn error(&self, reason: impl std::fmt::Display) -> Error {
+        Error::malformed(self.file.path(), format!("tensor {}: {reason}", self.info.name))
+    }
+
+    /// The float type of the elements.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if it is not one that weights are computed from.
+    pub fn float(&self) -> Result<Float> {
+        let dtype = self.info.dtype;
+        Float::from_dtype(dtype).ok_or_else(|| self.error(format!("is {}, expected BF16, F16 or F32", dtype.name())))
+    }
+
+    /// Fill `buffer` with the bytes from byte `offset` on.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.file.read_at(self.info, offset, buffer)
+    }
+
+    /// All bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.info.bytes() as usize];
+        self.read_at(0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fill `out` with the elements from `first` on, as f32, through `bytes` as scratch.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Malformed`] if the elements are not BF16, F16 or F32.
+    pub fn read_floats_at(&self, first: u64, out: &mut [f32], bytes: &mut Vec<u8>) -> Result<()> {
+        let float = self.float()?;
+        bytes.resize(out.len() * float.size(), 0);
+        self.read_at(first * float.size() as u64, bytes)?;
+        float.decode(bytes, out);
+        Ok(())
+    }
+
+    /// All elements as f32.
+    ///
+    /// # Errors
+    /// As [`Tensor::read_floats_at`].
+    pub fn read_floats(&self) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; self.info.elements() as usize];
+        self.read_floats_at(0, &mut out, &mut Vec::new())?;
+        Ok(out)
+    }
+}

@@ -1,0 +1,33 @@
+//! `qpack._core`: the binding. It translates arguments, releases the GIL, maps errors and reports progress; what it
+//! exports is described in `qpack/_core.pyi`.
+
+#![allow(missing_docs, reason = "documented where Python reads it, in qpack/_core.pyi")]
+
+mod errors;
+mod kernels;
+mod read;
+mod watch;
+mod write;
+
+#[pyo3::pymodule]
+mod _core {
+    use pyo3::prelude::*;
+    use pyo3::types::PyTuple;
+    use qpack_core::{nf4, quant_state};
+
+    #[pymodule_export]
+    use crate::kernels::{dequantize_nf4, nested_quant_map, quantize_nested, quantize_nf4};
+    #[pymodule_export]
+    use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_packed};
+    #[pymodule_export]
+    use crate::write::{Written, merge, pack};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("BLOCKSIZES", PyTuple::new(module.py(), nf4::BLOCKSIZES)?)?;
+        let suffixes = [quant_state::ABSMAX, quant_state::QUANT_MAP, quant_state::NESTED_ABSMAX];
+        let suffixes = suffixes.into_iter().chain([quant_state::NESTED_QUANT_MAP, quant_state::STATE]);
+        module.add("SUFFIXES", PyTuple::new(module.py(), suffixes.collect::<Vec<_>>())?)
+    }
+}

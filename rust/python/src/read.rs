@@ -1,0 +1,89 @@
+//! What safetensors files hold.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+use qpack_core::merge::Packed;
+use qpack_core::safetensors::{Checkpoint, File};
+use qpack_core::{Error, Float, Result, quant_state};
+
+use crate::errors::to_python;
+
+#[pyclass(frozen, get_all, module = "qpack._core")]
+pub struct TensorInfo {
+    name: String,
+    dtype: &'static str,
+    bytes: u64,
+    shape: Py<PyTuple>,
+}
+
+#[pyclass(frozen, get_all, module = "qpack._core")]
+pub struct PackedInfo {
+    name: String,
+    shape: Py<PyTuple>,
+    blocksize: usize,
+    dtype: &'static str,
+    double_quant: bool,
+    bytes: u64,
+}
+
+#[pyfunction]
+pub fn read_header(py: Python<'_>, path: PathBuf) -> PyResult<Vec<TensorInfo>> {
+    let file = py.detach(|| File::open(&path)).map_err(to_python)?;
+    let tensors = file.tensors().iter();
+    tensors
+        .map(|tensor| {
+            Ok(TensorInfo {
+                name: tensor.name.clone(),
+                dtype: tensor.dtype.name(),
+                bytes: tensor.bytes(),
+                shape: PyTuple::new(py, &tensor.shape)?.unbind(),
+            })
+        })
+        .collect()
+}
+
+#[pyfunction]
+pub fn read_packed(py: Python<'_>, shards: Vec<PathBuf>) -> PyResult<Vec<PackedInfo>> {
+    let packed = py.detach(|| packed_weights(&shards)).map_err(to_python)?;
+    packed
+        .into_iter()
+        .map(|(name, state, bytes)| {
+            Ok(PackedInfo {
+                name,
+                shape: PyTuple::new(py, &state.shape)?.unbind(),
+                blocksize: state.blocksize,
+                dtype: state.dtype.torch_name(),
+                double_quant: state.nested_offset.is_some(),
+                bytes,
+            })
+        })
+        .collect()
+}
+
+fn packed_weights(shards: &[PathBuf]) -> Result<Vec<(String, quant_state::QuantState, u64)>> {
+    let checkpoint = Checkpoint::open(shards)?;
+    let names = checkpoint.tensors().filter_map(|tensor| tensor.info.name.strip_suffix(quant_state::STATE));
+    names
+        .map(|name| {
+            let packed = Packed::open(&checkpoint, name)?;
+            Ok((name.to_owned(), packed.state().clone(), packed.bytes()))
+        })
+        .collect()
+}
+
+#[pyfunction]
+pub fn check_finite(py: Python<'_>, path: PathBuf) -> PyResult<()> {
+    let check = || -> Result<()> {
+        let checkpoint = Checkpoint::open(std::slice::from_ref(&path))?;
+        for tensor in checkpoint.tensors().filter(|tensor| Float::from_dtype(tensor.info.dtype).is_some()) {
+            if let Some(index) = tensor.read_floats()?.iter().position(|value| !value.is_finite()) {
+                let tensor = tensor.info.name.clone();
+                return Err(Error::NonFinite { path: path.clone(), tensor, index: index as u64 });
+            }
+        }
+        Ok(())
+    };
+    py.detach(check).map_err(to_python)
+}
