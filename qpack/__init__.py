@@ -18,6 +18,7 @@ from qpack.errors import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
     from qpack.adapter import Adapter
     from qpack.checkpoint import Checkpoint
     from qpack.conversion import ConvertReport, convert

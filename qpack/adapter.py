@@ -119,15 +119,13 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{path}: {setting} is {config[setting]!r}, which is not plain LoRA")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: bias is {config['bias']!r}, expected 'none'")
-    for setting, kinds in {"r": int, "lora_alpha": (int, float)}.items():
+    for setting in ("r", "lora_alpha"):
         value = config.get(setting)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             raise AdapterError(f"{path}: {setting} is {value!r}, expected a number over 0")
 
 
-def _pair_factors(
-    path: Path, config: Mapping[str, Any], headers: Mapping[str, tuple[int, ...]]
-) -> dict[str, Factors]:
+def _pair_factors(path: Path, config: Mapping[str, Any], headers: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
     pairs: dict[str, dict[str, str]] = {}
     for name, shape in headers.items():
         match = _FACTOR.fullmatch(name)

@@ -4,6 +4,7 @@ The result loads in stock transformers, PEFT and vLLM. Which weights are packed 
 arithmetic and the streaming are Rust, with a few chunks a thread in memory whatever the size of the model.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from qpack import _core, modules
-from qpack.checkpoint import Checkpoint
+from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
 from qpack.errors import CheckpointError
 from qpack.inspection import Inspection, inspect
-from qpack.output import new_directory, refuse_existing
+from qpack.output import new_directory
 from qpack.sizes import parse_size
+
+logger = logging.getLogger(__name__)
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -61,8 +64,9 @@ def convert(
     checkpoint = Checkpoint.open(source)
     weights = modules.packable(checkpoint)
     config = dict(checkpoint.config) | {"quantization_config": _quantization_config(checkpoint, weights, double_quant)}
-    refuse_existing(destination, force=force)
-    with new_directory(destination, force=force) as partial:
+    for name, info in checkpoint.tensors.items():
+        logger.debug("%s %s %s %s", "pack" if name in weights else "keep", name, info.dtype, info.shape)
+    with new_directory(destination, force=force, marker=CONFIG_NAME) as partial:
         _core.pack(
             checkpoint.shards,
             partial,

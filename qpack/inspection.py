@@ -93,9 +93,7 @@ def inspect(directory: Path | str) -> Inspection:
     for name, info in checkpoint.tensors.items():
         if name in packed:
             weight = packed[name]
-            tensors.append(
-                TensorReport(name, weight.shape, "NF4", weight.bytes, weight.blocksize, weight.double_quant)
-            )
+            tensors.append(TensorReport(name, weight.shape, "NF4", weight.bytes, weight.blocksize, weight.double_quant))
         elif name not in parts:
             tensors.append(TensorReport(name, info.shape, info.dtype, info.bytes))
     return Inspection(

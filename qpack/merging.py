@@ -4,6 +4,7 @@ Each weight is ``round(dequantize(W) + scale * B @ A)``: the packed base that th
 f32, rounded once. Never back to 4 bits, where most codes would round to what they were and lose the adapter.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,15 @@ from pathlib import Path
 
 from qpack import _core
 from qpack.adapter import Adapter
-from qpack.checkpoint import Checkpoint
+from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
 from qpack.errors import AdapterError
 from qpack.inspection import Inspection, inspect
 from qpack.modules import OUTPUT_EMBEDDING
-from qpack.output import new_directory, refuse_existing
+from qpack.output import new_directory
 from qpack.sizes import parse_size
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -63,8 +66,9 @@ def merge(
     opened = Adapter.open(adapter)
     opened.check_base(checkpoint)
     _refuse_tied_head(checkpoint, opened)
-    refuse_existing(destination, force=force)
-    with new_directory(destination, force=force) as partial:
+    for name, factors in opened.factors.items():
+        logger.debug("merge %s, rank %d, scale %g", name, factors.r, factors.scale)
+    with new_directory(destination, force=force, marker=CONFIG_NAME) as partial:
         _core.merge(
             checkpoint.shards,
             opened.weights_path,

@@ -50,7 +50,7 @@ def packable(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"{config}: model_type is {model_type!r}, expected one of {known}")
-    found = {
+    found: dict[str, tuple[int, ...]] = {
         name: info.shape
         for name, info in checkpoint.tensors.items()
         if _LAYER_WEIGHT.fullmatch(name) and len(info.shape) == 2

@@ -1,10 +1,12 @@
 """Output directories that appear whole or not at all.
 
-Work goes on in a sibling, ``.NAME.partial``, which is renamed when everything in it is on disk. Whatever interrupts
-the work (an error, Ctrl-C, kill -9, a power cut), no directory under the final name is ever half-written; a partial
-one left by a killed run is replaced by the next.
+Work goes on in a sibling, ``.NAME.partial``, which takes the final name when everything in it is on disk. Whatever
+interrupts the work (an error, Ctrl-C, kill -9, a power cut), nothing half-written ever has that name. What a killed
+run leaves behind is cleared by the next; two runs at a time are kept apart by a lock, which the system drops with the
+process.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,48 +16,80 @@ from pathlib import Path
 from qpack.errors import OutputExistsError
 
 
-@contextmanager
-def new_directory(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty directory that becomes ``path`` when the block ends without an exception.
-
-    Raises:
-        OutputExistsError: at once, if ``path`` exists and ``force`` is not set. With it, the old directory stays
-            until the new one takes its place.
-    """
-    refuse_existing(path, force=force)
-    # Resolved, so that "." and ".." have names too.
-    path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial")
-    replaced = path.with_name(f".{path.name}.replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        _sync(partial)
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-        partial.rename(path)
-        _sync_directory(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def refuse_existing(path: Path, *, force: bool) -> None:
+def refuse_existing(path: Path, *, force: bool, marker: str) -> None:
     """Refuse to write to ``path`` if something is there that may not be replaced.
 
+    ``force`` replaces an empty directory or one that holds the file ``marker``: what was written before, but never a
+    home directory given by mistake.
+
     Raises:
-        OutputExistsError: if it exists and ``force`` is not set, or if it is not a directory.
+        OutputExistsError: naming ``path``.
     """
-    if path.exists() and not path.is_dir():
-        raise OutputExistsError(f"{path}: exists and is not a directory")
-    if path.exists() and not force:
+    if not path.exists():
+        return
+    if not force:
         raise OutputExistsError(f"{path}: already exists (--force replaces it)")
+    if not path.is_dir() or (not (path / marker).is_file() and any(path.iterdir())):
+        raise OutputExistsError(f"{path}: exists and is not a directory with {marker}, so it is not replaced")
+
+
+@contextmanager
+def new_directory(path: Path, *, force: bool, marker: str) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``path`` when the block ends without an exception.
+
+    With ``force``, what stands at ``path`` stays until the new directory takes its place.
+
+    Raises:
+        OutputExistsError: as `refuse_existing`, or if another process is writing to ``path``.
+    """
+    refuse_existing(path, force=force, marker=marker)
+    path = path.resolve()  # so that "." has a name too
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(descriptor, path)
+        _clear(partial)
+        try:
+            yield partial
+            _sync(partial)
+            _publish(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputExistsError(f"{path}: another process is writing it") from None
+
+
+def _clear(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give ``partial`` the name ``path``. Replacing takes two renames; between them the old directory is set aside."""
+    replaced = path.with_name(f".{path.name}.replaced")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    try:
+        partial.rename(path)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    _sync_directory(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

@@ -153,7 +153,9 @@ def test_round_trip_of_anything_finite(values: oracle.F32, blocksize: int) -> No
 
 @settings(deadline=None)
 @given(
-    absmax=hnp.arrays(np.float32, st.integers(1, 700), elements=st.floats(0, 2.0**100, width=32, allow_subnormal=False)),
+    absmax=hnp.arrays(
+        np.float32, st.integers(1, 700), elements=st.floats(0, 2.0**100, width=32, allow_subnormal=False)
+    ),
 )
 def test_nested_codes_are_the_oracle_s(absmax: oracle.F32) -> None:
     codes, nested, offset = _core.quantize_nested(absmax.tobytes())

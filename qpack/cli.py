@@ -1,0 +1,234 @@
+"""The ``qpack`` program. Commands parse, call one function, and print its report; nothing is decided here.
+
+Reports go to stdout, progress and errors to stderr. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import qpack
+from qpack import terminal
+from qpack._core import BLOCKSIZES
+from qpack.errors import QpackError
+from qpack.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from qpack.inspection import Inspection
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_DIRECTORY = click.Path(path_type=Path)
+
+
+class _Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _verbosity(command: _Command) -> _Command:
+    """Add ``-v`` and ``-q``: what is logged, and whether progress is shown. The command gets ``quiet``."""
+
+    def configure(context: click.Context, _param: click.Parameter, verbose: bool) -> None:
+        terminal.configure_logging(verbose=verbose, quiet=context.params["quiet"])
+
+    quiet = click.option("-q", "--quiet", is_flag=True, is_eager=True, help="Print errors and the report only.")
+    verbose = click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=configure, help="Print more of what goes on."
+    )
+    return quiet(verbose(command))
+
+
+_threads = click.option("--threads", type=click.IntRange(1), help="Threads to work with.  [default: all cores]")
+_force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+_max_shard_size = click.option(
+    "--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Largest weight file to write."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(qpack.__version__, prog_name="qpack")
+def cli() -> None:
+    """Take a Hugging Face checkpoint through its whole 4-bit life: pack, fine-tune, serve, merge."""
+
+
+@cli.command()
+@click.argument("src", type=_DIRECTORY)
+@click.argument("dst", type=_DIRECTORY)
+@click.option(
+    "--blocksize", type=click.Choice(BLOCKSIZES), default=64, show_default=True, help="Weights per block scale."
+)
+@click.option("--double-quant/--no-double-quant", default=True, help="Store the block scales in 8 bits (default).")
+@_max_shard_size
+@_threads
+@_force
+@_verbosity
+def convert(src: Path, dst: Path, quiet: bool, **options: Any) -> None:
+    """Pack the model in the directory SRC to NF4 and write it to DST."""
+    with terminal.progress("convert", "bytes", quiet=quiet) as on_progress:
+        report = qpack.convert(src, dst, on_progress=on_progress, **options)
+    size = f"{format_size(report.source_bytes)} to {format_size(report.result.bytes)}"
+    bits = f"{report.result.packed_bits:.3f} bits a packed weight, {report.result.bits:.3f} over all"
+    click.echo(f"{dst}: {len(report.result.packed)} weights packed, {size}, {bits}, in {report.seconds:.1f} s")
+
+
+def _setting(flag: str, type: type, help: str) -> Callable[[_Command], _Command]:
+    """An option for one of TrainSettings' fields; None, so not given, leaves the field to file or default."""
+    from qpack.training import TrainSettings
+
+    default = TrainSettings.__dataclass_fields__[flag.removeprefix("--").replace("-", "_")].default
+    shown = "" if default is None else f"  [default: {default}]"
+    return click.option(flag, type=type, help=help + shown)
+
+
+@cli.command()
+@click.argument("base", type=_DIRECTORY)
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=_DIRECTORY, required=True, help="Adapter directory to write.")
+@_setting("--r", int, "Rank of the LoRA factors.")
+@_setting("--lora-alpha", int, "The adapter's output is scaled by lora-alpha / r.")
+@_setting("--lora-dropout", float, "Dropout before the adapter.")
+@_setting("--lr", float, "Peak learning rate.")
+@_setting("--epochs", float, "Passes over the data.")
+@_setting("--max-steps", int, "Optimizer steps, instead of epochs.")
+@_setting("--batch-size", int, "Sequences in a forward pass.")
+@_setting("--grad-accum", int, "Forward passes in an optimizer step.")
+@_setting("--max-length", int, "Longest sequence, in tokens.")
+@_setting("--optim", str, "Optimizer, by transformers' name.")
+@_setting("--seed", int, "Seed of initial adapter, data order and dropout.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings; flags take precedence.")
+@_force
+@_verbosity
+def train(base: Path, data: Path, output: Path, config: Path | None, force: bool, quiet: bool, **flags: Any) -> None:
+    """Train a LoRA adapter for the packed model BASE on the conversations in the JSONL file DATA."""
+    from qpack.training import TrainSettings, load_settings
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = load_settings(config, **given) if config else TrainSettings(**given)
+    with terminal.progress("train", "steps", quiet=quiet) as on_progress:
+        report = qpack.train(base, data, output, settings, force=force, on_progress=on_progress)
+    loss = f"loss {report.first_loss:.3f} to {report.final_loss:.3f}"
+    work = f"{report.steps} steps, {report.tokens} tokens at {report.tokens_per_second:.0f}/s"
+    how = f"{report.optimizer}, {report.compute_dtype}"
+    cut = f", {report.truncated} of {report.examples} examples cut at max-length" if report.truncated else ""
+    click.echo(f"{output}: {loss}, {work} ({how}){cut}, in {report.seconds:.1f} s")
+
+
+@cli.command()
+@click.argument("base", type=_DIRECTORY)
+@click.option("--adapter", "pairs", metavar="NAME=DIR", multiple=True, help="Adapter to serve as NAME; repeatable.")
+@click.option("--adapters", "folder", type=_DIRECTORY, help="Directory whose subdirectories are adapters.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 takes a free one."
+)
+@click.option("--max-loras", type=click.IntRange(1), help="Adapters in one batch.  [default: all]")
+@click.option("--max-lora-rank", type=int, help="Largest rank of an adapter.  [default: the adapters' largest]")
+@click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and answer, in tokens.")
+@_verbosity
+def serve(pairs: tuple[str, ...], folder: Path | None, quiet: bool, **options: Any) -> None:
+    """Answer an OpenAI-compatible API with the packed model BASE and its adapters."""
+    from serve import ServeConfig, collect_adapters
+    from serve import serve as run
+
+    run(ServeConfig(adapters=collect_adapters(pairs, folder), verbose=terminal.verbose(), **options))
+
+
+@cli.command()
+@click.argument("base", type=_DIRECTORY)
+@click.argument("adapter", type=_DIRECTORY)
+@click.argument("dst", type=_DIRECTORY)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Element type of the merged weights.",
+)
+@_max_shard_size
+@_threads
+@_force
+@_verbosity
+def merge(base: Path, adapter: Path, dst: Path, quiet: bool, **options: Any) -> None:
+    """Merge ADAPTER into the model BASE, unpacked, and write a plain checkpoint to DST."""
+    with terminal.progress("merge", "bytes", quiet=quiet) as on_progress:
+        report = qpack.merge(base, adapter, dst, on_progress=on_progress, **options)
+    size = f"{format_size(report.result.bytes)} in {len(report.result.files)} files"
+    click.echo(f"{dst}: {report.merged} weights merged, {size}, in {report.seconds:.1f} s")
+
+
+@cli.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_verbosity
+def inspect(directory: Path, as_json: bool, quiet: bool) -> None:
+    """Show what the packed or plain checkpoint in DIRECTORY holds."""
+    inspection = qpack.inspect(directory)
+    if as_json:
+        click.echo(json.dumps(_inspection_json(inspection), indent=2))
+        return
+    click.echo(f"{directory}: {inspection.model_type}, {inspection.weights:,} weights, {format_size(inspection.bytes)}")
+    for tensor in inspection.tensors if not quiet else ():
+        block = "" if tensor.blocksize is None else f"  blocksize {tensor.blocksize}"
+        nested = "  double quantization" if tensor.double_quant else ""
+        shape = "x".join(map(str, tensor.shape))
+        click.echo(f"  {tensor.name}  {tensor.dtype} {shape}  {tensor.bits:.3f} bits{block}{nested}")
+    for dtype, (count, weights, size) in inspection.by_dtype().items():
+        bits = size * 8 / weights if weights else 0.0
+        click.echo(f"{dtype}: {count} tensors, {weights:,} weights, {format_size(size)}, {bits:.3f} bits a weight")
+    click.echo(f"in all: {inspection.bits:.3f} bits a weight")
+
+
+def _inspection_json(inspection: "Inspection") -> dict[str, Any]:
+    sums = {name: getattr(inspection, name) for name in ("weights", "bytes", "bits", "packed_bits")}
+    tensors = [asdict(tensor) | {"bits": tensor.bits} for tensor in inspection.tensors]
+    head = {"directory": str(inspection.directory), "model_type": inspection.model_type, "files": inspection.files}
+    return head | sums | {"tensors": tensors}
+
+
+@cli.command()
+@click.option("--model", metavar="ID_OR_DIR", help="Model to run on.  [default: SmolLM2-135M-Instruct from PyPI]")
+@click.option(
+    "-o", "--output", type=_DIRECTORY, default="demo-run", show_default=True, help="Directory for all that it writes."
+)
+@_verbosity
+def demo(model: str | None, output: Path, quiet: bool) -> None:
+    """Run the whole main job on a real model: convert, train two adapters, serve them, merge one."""
+    from qpack.demo import run
+
+    report = run(output, model=model, quiet=quiet)
+    click.echo(report.table())
+    if report.failures:
+        raise QpackError("; ".join(report.failures))
+
+
+def main() -> None:
+    """Run the program and exit with its status."""
+    try:
+        status = cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except QpackError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(1)

@@ -1,0 +1,321 @@
+"""`qpack.convert`: what it writes, that stock transformers reads it, and what it refuses."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import oracle
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import write_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+import qpack
+from qpack import _core
+from qpack.errors import CheckpointError, OutputExistsError
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_tiny_weight_byte_for_byte(tmp_path: Path) -> None:
+    """One weight of 2 x 17 ones and halves, packed in blocks of 32: every byte of the file, written out."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    weight = torch.tensor([[1.0, -1.0, 0.0, 0.5] * 4 + [0.25], [-0.5] * 17])
+    save_file({"model.layers.0.mlp.up_proj.weight": weight}, source / "model.safetensors")
+    qpack.convert(source, tmp_path / "packed", blocksize=32, double_quant=False)
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    state = b'{"quant_type":"nf4","blocksize":32,"dtype":"float32","shape":[2,17]}'
+    header = (
+        b'{"__metadata__":{"format":"pt"},'
+        b'"%b":{"data_offsets":[72,89],"dtype":"U8","shape":[17,1]},'
+        b'"%b.absmax":{"data_offsets":[0,8],"dtype":"F32","shape":[2]},'
+        b'"%b.quant_map":{"data_offsets":[8,72],"dtype":"F32","shape":[16]},'
+        b'"%b.quant_state.bitsandbytes__nf4":{"data_offsets":[89,157],"dtype":"U8","shape":[68]}}'
+    ) % ((name.encode(),) * 4)
+    header += b" " * (-len(header) % 8)
+    absmax = bytes.fromhex("0000803f 0000003f")
+    codes = bytes.fromhex("f07c f07c f07c f07c" + "a2" + "22" * 7 + "00")
+    expected = len(header).to_bytes(8, "little") + header + absmax + oracle.LEVELS.tobytes() + codes + state
+    assert (tmp_path / "packed" / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_every_tensor_is_what_bitsandbytes_would_store(tmp_path: Path, dtype: str, double_quant: bool) -> None:
+    # in_features of 72: blocks straddle rows, and the last block of the narrow weights is short.
+    source = write_llama(tmp_path / "source", hidden_size=256, intermediate_size=72, dtype=dtype)
+    qpack.convert(source, tmp_path / "packed", double_quant=double_quant)
+    before, after = tensors(source), tensors(tmp_path / "packed")
+    packed = qpack.inspect(tmp_path / "packed").packed
+    assert len(packed) == 14
+    for weight in packed:
+        codes, state = bnb.quantize_4bit(before[weight.name], blocksize=64, quant_type="nf4")
+        assert torch.equal(after[weight.name], codes)
+        if not double_quant:
+            assert torch.equal(after[f"{weight.name}.absmax"], state.absmax)
+            continue
+        stored = json.loads(bytes(after[f"{weight.name}.quant_state.bitsandbytes__nf4"].tolist()))
+        offset = np.float32(stored["nested_offset"])
+        assert offset == state.absmax.double().mean().float().item()
+        nested, nested_state = bnb.quantize_blockwise(state.absmax - offset, blocksize=256)
+        assert torch.equal(after[f"{weight.name}.absmax"], nested)
+        assert torch.equal(after[f"{weight.name}.nested_absmax"], nested_state.absmax)
+    kept = before.keys() - {weight.name for weight in packed}
+    assert kept == {"model.embed_tokens.weight", "model.norm.weight"} | {name for name in before if "layernorm" in name}
+    for name in kept:
+        assert torch.equal(before[name], after[name])
+
+
+def test_transformers_reads_it_as_if_it_had_packed_the_model_itself(llama: Path, packed: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(packed)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+    plain = AutoModelForCausalLM.from_pretrained(llama)
+    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, expected, unpacked = (model(ids).logits.float() for model in (ours, theirs, plain))
+    # Only the nested offset may differ, by the 2 ulp (2**-22) that torch's order of summing f32 costs: a change of
+    # every weight far under the 2**-8 of the bf16 products. Two bf16 ulps of the largest logit bound what is left.
+    assert (logits - expected).abs().max() <= expected.abs().max() * 2**-7
+    assert (unpacked - expected).abs().max() > 100 * (logits - expected).abs().max()
+    assert AutoTokenizer.from_pretrained(packed).chat_template == AutoTokenizer.from_pretrained(llama).chat_template
+
+
+def test_the_bytes_do_not_depend_on_threads_or_shards(llama: Path, packed: Path, tmp_path: Path) -> None:
+    qpack.convert(llama, tmp_path / "one", threads=1)
+    qpack.convert(llama, tmp_path / "three", threads=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three") == contents(packed)
+
+    report = qpack.convert(llama, tmp_path / "sharded", max_shard_size="200KB")
+    assert len(report.result.files) > 2
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == report.result.bytes == qpack.inspect(packed).bytes
+    single, sharded = tensors(packed), tensors(tmp_path / "sharded")
+    assert index["weight_map"].keys() == single.keys() == sharded.keys()
+    assert all(torch.equal(single[name], sharded[name]) for name in single)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+
+
+def test_bits_a_weight(llama: Path, tmp_path: Path) -> None:
+    """0.5 + 1/64 + 4/(64 * 256) bytes (QLoRA, section 3), and 1,088 bytes of maps and the state's JSON a weight."""
+    for blocksize in _core.BLOCKSIZES:
+        report = qpack.convert(llama, tmp_path / "packed", blocksize=blocksize, force=True)
+        for weight in report.result.packed:
+            blocks = -(-weight.weights // blocksize)
+            payload = weight.weights / 2 + blocks + 4 * -(-blocks // 256) + 16 * 4 + 256 * 4
+            assert 0 < weight.bytes - payload < 250
+            assert weight.blocksize == blocksize
+
+
+def test_progress_ends_at_the_bytes_of_the_source(llama: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    report = qpack.convert(llama, tmp_path / "packed", on_progress=lambda *call: calls.append(call))
+    assert calls[-1] == (report.source_bytes, report.source_bytes)
+
+
+def edit_config(source: Path, **changes: object) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_index(source: Path, file: str) -> None:
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    path.write_text(json.dumps(index))
+
+
+def edit_header(source: Path, old: bytes, new: bytes) -> None:
+    path = next(source.glob("*-00001-*"))
+    assert len(old) == len(new)
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+def truncate(source: Path) -> None:
+    path = next(source.glob("*-00002-*"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def poison(source: Path) -> None:
+    for path in source.glob("*.safetensors"):
+        weights = load_file(path)
+        if "model.layers.1.mlp.up_proj.weight" in weights:
+            weights["model.layers.1.mlp.up_proj.weight"][2, 5] = float("nan")
+            save_file(weights, path, metadata={"format": "pt"})
+
+
+def offsets(source: Path, index: int) -> tuple[bytes, int, int]:
+    """The text of the data_offsets of the tensor whose bytes come ``index``-th in the first shard."""
+    path = next(source.glob("*-00001-*"))
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    header.pop("__metadata__", None)
+    start, end = sorted(entry["data_offsets"] for entry in header.values())[index]
+    return b"[%d,%d]" % (start, end), start, end
+
+
+def shift_offsets(source: Path, start_change: int, end_change: int, index: int = 1) -> None:
+    text, start, end = offsets(source, index)
+    edit_header(source, text, b"[%d,%d]" % (start + start_change, end + end_change))
+
+
+BAD_SOURCES = {
+    "no config": (lambda s: (s / "config.json").unlink(), r"source/config\.json: no such file"),
+    "config is no JSON": (lambda s: (s / "config.json").write_text("{"), r"config\.json: not valid JSON"),
+    "config is a list": (lambda s: (s / "config.json").write_text("[]"), "expected a JSON object, found list"),
+    "unknown family": (lambda s: edit_config(s, model_type="bert"), "model_type is 'bert', expected one of gemma"),
+    "quantized": (
+        lambda s: edit_config(s, quantization_config={"quant_method": "fp8"}),
+        r"quantized already \(fp8\)",
+    ),
+    "no weights": (
+        lambda s: [path.unlink() for path in s.glob("model*")],
+        r"no model\.safetensors\.index\.json and no",
+    ),
+    "only pickles": (
+        lambda s: [path.unlink() for path in s.glob("model*")] and (s / "pytorch_model.bin").touch(),
+        r"pytorch_model\.bin: pickled weights",
+    ),
+    "missing shard": (
+        lambda s: next(s.glob("*-00002-*")).unlink(),
+        r"model-00002-of-00003\.safetensors: no such file, but model\.safetensors\.index\.json names it",
+    ),
+    "truncated shard": (truncate, r"model-00002-of-00003\.safetensors: tensor \S+ ends at byte \d+.*truncated\?"),
+    "index leaves the directory": (lambda s: edit_index(s, "../x.safetensors"), r"names '\.\./x\.safetensors'"),
+    "absolute index": (lambda s: edit_index(s, "/etc/passwd"), "names '/etc/passwd'"),
+    "index and shard disagree": (
+        lambda s: edit_index(s, "model-00001-of-00003.safetensors"),
+        r"tensor model\.norm\.weight, which model\.safetensors\.index\.json",
+    ),
+    "index without a map": (
+        lambda s: (s / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        "weight_map is not an object of file names",
+    ),
+    "overlap": (lambda s: shift_offsets(s, -2, -2), "overlaps the tensor before it"),
+    "hole": (lambda s: shift_offsets(s, 2, 2), "hole before tensor"),
+    "size and offsets disagree": (lambda s: shift_offsets(s, 0, 2), "needs .* bytes, its offsets are"),
+    "unknown dtype": (lambda s: edit_header(s, b'"BF16"', b'"BF61"'), 'unknown dtype "BF61"'),
+    "huge header": (
+        lambda s: next(s.glob("*-00001-*")).write_bytes(b"\xff" * 16),
+        "header length 18446744073709551615 is over the limit",
+    ),
+    "empty shard": (lambda s: next(s.glob("*-00001-*")).write_bytes(b""), "0 bytes are too few"),
+    "not finite": (poison, r"tensor model\.layers\.1\.mlp\.up_proj\.weight is not finite at flat index 517"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_bad_sources_are_refused_and_nothing_is_written(damage, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    source = write_llama(tmp_path / "source")
+    damage(source)
+    with pytest.raises(CheckpointError, match=message):
+        qpack.convert(source, tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_source_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing: not a directory"):
+        qpack.convert(tmp_path / "nothing", tmp_path / "packed")
+
+
+def test_an_output_that_exists_is_kept_unless_forced(llama: Path, packed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "packed"
+    output.mkdir()
+    (output / "config.json").write_text("old")
+    with pytest.raises(OutputExistsError, match="already exists"):
+        qpack.convert(llama, output)
+    assert (output / "config.json").read_text() == "old"
+    qpack.convert(llama, output, force=True)
+    assert contents(output) == contents(packed)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").touch()
+    with pytest.raises(OutputExistsError, match=r"not a directory with config\.json, so it is not replaced"):
+        qpack.convert(llama, precious, force=True)
+
+
+def test_a_failed_run_leaves_a_forced_output_as_it_was(tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "source")
+    qpack.convert(source, tmp_path / "packed")
+    before = contents(tmp_path / "packed")
+    poison(source)
+    with pytest.raises(CheckpointError, match="not finite"):
+        qpack.convert(source, tmp_path / "packed", force=True)
+    assert contents(tmp_path / "packed") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "source"]
+
+
+SLOW_CONVERT = """
+import sys, time, qpack
+def wait(done, total):
+    print("working", flush=True)
+    time.sleep(60)
+qpack.convert(sys.argv[1], sys.argv[2], on_progress=wait)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_output_and_the_next_one_succeeds(
+    sent: signal.Signals, llama: Path, packed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "packed"
+    command = [sys.executable, "-c", SLOW_CONVERT, str(llama), str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        with pytest.raises(OutputExistsError, match="another process is writing it"):
+            qpack.convert(llama, output)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+    assert not output.exists()
+    if sent == signal.SIGINT:
+        assert "KeyboardInterrupt" in errors
+        assert list(tmp_path.iterdir()) == []
+    qpack.convert(llama, output)
+    assert contents(output) == contents(packed)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_inspect_tells_plain_from_packed(llama: Path, packed: Path) -> None:
+    plain, four_bit = qpack.inspect(llama), qpack.inspect(packed)
+    assert plain.bits == 16
+    assert plain.packed_bits == 0
+    assert plain.weights == four_bit.weights
+    assert four_bit.by_dtype().keys() == {"NF4", "BF16"}
+    assert 4.127 < four_bit.packed_bits < 4.3
+    with safe_open(packed / "model.safetensors", "pt") as file:
+        assert four_bit.bytes == sum(file.get_tensor(name).nbytes for name in file.keys())
+
+
+def test_a_packed_checkpoint_that_lacks_a_part_is_refused(packed: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((packed / "config.json").read_bytes())
+    weights = load_file(packed / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight.nested_absmax"]
+    save_file(weights, broken / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.0\.mlp\.up_proj\.weight\.nested_absmax"):
+        qpack.inspect(broken)

@@ -1,0 +1,229 @@
+"""`qpack.merge` against an f64 reference, against PEFT, and the adapters that it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import write_llama
+from transformers import AutoModelForCausalLM
+
+import qpack
+from qpack.errors import AdapterError, OutputExistsError
+
+PRECISION = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
+"""Half an ulp, relative: the largest error of rounding once."""
+
+
+def write_adapter(directory: Path, base: Path, **settings: Any) -> Path:
+    """A LoRA adapter for ``base`` by stock PEFT, with both factors drawn at random."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(
+        **({"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings)
+    )
+    model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    model.save_pretrained(directory, save_embedding_layers=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapters") / "plain", llama)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def unpacked(packed: Path) -> dict[str, torch.Tensor]:
+    """Every weight of a packed checkpoint in f32, by bitsandbytes."""
+    stored = tensors(packed)
+    weights = {}
+    for name in [weight.name for weight in qpack.inspect(packed).packed]:
+        parts = {key.removeprefix(name + "."): value for key, value in stored.items() if key.startswith(name + ".")}
+        codes = stored.pop(name)
+        for key in parts:
+            del stored[f"{name}.{key}"]
+        state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
+        state.dtype = torch.float32
+        weights[name] = bnb.dequantize_4bit(codes, state)
+    return stored | weights
+
+
+def reference(
+    base: dict[str, torch.Tensor], adapter: Path, scale: float
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Merged weights in f64, and a bound on the error of computing them in f32: r + 2 roundings of the sum of sizes."""
+    factors = load_file(adapter / "adapter_model.safetensors")
+    merged = {name: weight.double() for name, weight in base.items()}
+    error = {name: torch.zeros_like(weight) for name, weight in merged.items()}
+    for key, a in factors.items():
+        if "lora_A" in key:
+            b = factors[key.replace("lora_A", "lora_B")]
+            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+            size = merged[name].abs() + scale * b.double().abs() @ a.double().abs()
+            merged[name] = merged[name] + scale * b.double() @ a.double()
+            error[name] = size * (len(a) + 2) * 2**-24
+    return merged, error
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_merged_weights_are_the_f64_reference_rounded_once(
+    dtype: str, llama: Path, packed: Path, adapter: Path, tmp_path: Path
+) -> None:
+    report = qpack.merge(packed, adapter, tmp_path / "merged", dtype=dtype)
+    assert report.merged == 14
+    merged = tensors(tmp_path / "merged")
+    expected, error = reference(unpacked(packed), adapter, scale=2.0)
+    assert merged.keys() == expected.keys() == tensors(llama).keys()
+    torch_dtype = getattr(torch, dtype)
+    differing = total = 0
+    for name, weight in merged.items():
+        assert weight.dtype == torch_dtype
+        rounded = expected[name].to(torch_dtype)
+        # Where f32 rounds to another value than f64, the exact value lies within the f32 error of the midpoint.
+        smallest = torch.finfo(torch_dtype).smallest_normal  # below it the ulp no longer shrinks
+        limit = expected[name].abs().clamp(min=smallest) * PRECISION[dtype] + error[name]
+        assert ((weight.double() - expected[name]).abs() <= limit).all()
+        differing += (weight != rounded).sum().item()
+        total += weight.numel()
+    if dtype != "float32":
+        # The share of values so near a midpoint: about error / ulp, 10 * 2**-24 against 2**-8 and 2**-11.
+        assert differing <= total * 10 * 2**-24 / PRECISION[dtype]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 4, "layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+        {"target_modules": ["q_proj", "v_proj"], "r": 1, "lora_alpha": 1},
+    ],
+    ids=["rslora", "patterns", "some modules"],
+)
+def test_merged_logits_are_peft_s(settings: dict[str, Any], llama: Path, packed: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", llama, **settings)
+    qpack.merge(packed, adapter, tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    base.load_state_dict(unpacked(packed), strict=False)
+    peft = PeftModel.from_pretrained(base, str(adapter))
+    ids = torch.randint(0, 256, (2, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, expected = merged(ids).logits, peft(ids).logits
+        with peft.disable_adapter():
+            without = peft(ids).logits
+    # The same products in another order: f32 rounding over two layers of at most 512 terms each.
+    assert (logits - expected).abs().max() < 1e-3
+    assert (without - expected).abs().max() > 0.5
+
+
+def test_a_plain_base_is_merged_too(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    qpack.merge(llama, adapter, tmp_path / "merged", dtype="float32")
+    expected, error = reference(tensors(llama), adapter, scale=2.0)
+    for name, weight in tensors(tmp_path / "merged").items():
+        limit = expected[name].abs() * PRECISION["float32"] + error[name]
+        assert ((weight.double() - expected[name]).abs() <= limit).all()
+
+
+def test_the_merged_directory_is_plain_sharded_and_the_same_for_any_number_of_threads(
+    packed: Path, adapter: Path, tmp_path: Path
+) -> None:
+    one = qpack.merge(packed, adapter, tmp_path / "one", max_shard_size="1MB", threads=1)
+    qpack.merge(packed, adapter, tmp_path / "many", max_shard_size="1MB", threads=4)
+    assert len(one.result.files) > 1
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert model.dtype == torch.bfloat16
+    assert (tmp_path / "one" / "chat_template.jinja").is_file()
+    with pytest.raises(OutputExistsError):
+        qpack.merge(packed, adapter, tmp_path / "one")
+
+
+def edit(adapter: Path, **changes: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(adapter: Path, change: Any) -> None:
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+BAD_ADAPTERS = {
+    "no config": (lambda d: (d / "adapter_config.json").unlink(), r"adapter_config\.json: no such file"),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors: No such file"),
+    "truncated": (
+        lambda d: (d / "adapter_model.safetensors").write_bytes((d / "adapter_model.safetensors").read_bytes()[:-9]),
+        r"truncated\?",
+    ),
+    "other method": (lambda d: edit(d, peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
+    "DoRA": (lambda d: edit(d, use_dora=True), "use_dora is True, which is not plain LoRA"),
+    "saved modules": (lambda d: edit(d, modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]"),
+    "bias": (lambda d: edit(d, bias="all"), "bias is 'all', expected 'none'"),
+    "alpha": (lambda d: edit(d, lora_alpha="x"), "lora_alpha is 'x', expected a number over 0"),
+    "rank": (lambda d: edit(d, r=4), "have ranks 8 and 8, expected 4"),
+    "stray tensor": (
+        lambda d: edit_tensors(d, lambda w: w.update({f"{PREFIX}.lora_magnitude": torch.ones(3)})),
+        "q_proj.lora_magnitude of shape .* is not a factor",
+    ),
+    "lone factor": (
+        lambda d: edit_tensors(d, lambda w: w.pop(f"{PREFIX}.lora_B.weight")),
+        r"q_proj\.lora_A\.weight has no partner",
+    ),
+    "nothing": (lambda d: edit_tensors(d, lambda w: w.clear()), "holds no factors"),
+    "not finite": (
+        lambda d: edit_tensors(d, lambda w: w[f"{PREFIX}.lora_B.weight"].index_fill_(1, torch.tensor([3]), torch.inf)),
+        r"q_proj\.lora_B\.weight is not finite at flat index 3",
+    ),
+    "other names": (
+        lambda d: edit_tensors(
+            d, lambda w: [w.update({key.replace("layers.0", "layers.7"): w.pop(key)}) for key in list(w)]
+        ),
+        r"changes model\.layers\.7\.\S+, which the base .* does not have",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
+def test_bad_adapters_are_refused_and_nothing_is_written(
+    damage: Any, message: str, llama: Path, packed: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", llama)
+    damage(adapter)
+    with pytest.raises(AdapterError, match=message):
+        qpack.merge(packed, adapter, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_of_a_base_of_other_shapes_is_refused(packed: Path, tmp_path: Path) -> None:
+    other = write_llama(tmp_path / "other", intermediate_size=384)
+    adapter = write_adapter(tmp_path / "adapter", other)
+    with pytest.raises(
+        AdapterError, match=r"down_proj\.weight of shape \(256, 384\); in the base .* it is \(256, 512\)"
+    ):
+        qpack.merge(packed, adapter, tmp_path / "merged")
+
+
+def test_a_change_of_a_tied_head_is_refused(llama: Path, packed: Path, tmp_path: Path) -> None:
+    untied = write_llama(tmp_path / "untied", tied=False)
+    adapter = write_adapter(tmp_path / "adapter", untied, target_modules=["lm_head"])
+    qpack.merge(untied, adapter, tmp_path / "merged")
+    with pytest.raises(AdapterError, match=r"changes lm_head\.weight"):
+        qpack.merge(packed, adapter, tmp_path / "merged2")
