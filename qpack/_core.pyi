@@ -9,6 +9,24 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from os import PathLike
 from typing import final
 
+__all__ = [
+    "BLOCKSIZES",
+    "PackedInfo",
+    "SUFFIXES",
+    "TensorInfo",
+    "Written",
+    "__version__",
+    "check_finite",
+    "dequantize_nf4",
+    "merge",
+    "nested_quant_map",
+    "pack",
+    "quantize_nested",
+    "quantize_nf4",
+    "read_header",
+    "read_packed",
+]
+
 __version__: str
 
 BLOCKSIZES: tuple[int, ...]

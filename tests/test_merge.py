@@ -21,16 +21,13 @@ PRECISION = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
 
 def write_adapter(directory: Path, base: Path, **settings: Any) -> Path:
     """A LoRA adapter for ``base`` by stock PEFT, with both factors drawn at random."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = LoraConfig(
-        **({"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings)
-    )
-    model = get_peft_model(model, config)
+    plain: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**(plain | settings)))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(str(directory), save_embedding_layers=False)
     return directory
 
 
@@ -85,7 +82,7 @@ def test_merged_weights_are_the_f64_reference_rounded_once(
     expected, error = reference(unpacked(packed), adapter, scale=2.0)
     assert merged.keys() == expected.keys() == tensors(llama).keys()
     torch_dtype = getattr(torch, dtype)
-    differing = total = 0
+    differing, total = 0.0, 0
     for name, weight in merged.items():
         assert weight.dtype == torch_dtype
         rounded = expected[name].to(torch_dtype)

@@ -3,8 +3,8 @@
 //! Names are those of the safetensors header (<https://github.com/huggingface/safetensors>, `Dtype`). Types of less
 //! than a byte an element are not read.
 
+use half::f16;
 use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 
 macro_rules! dtypes {
     ($($variant:ident $name:literal $size:literal,)*) => {
@@ -137,7 +137,7 @@ impl Float {
         match self {
             Self::BF16 => {
                 for (raw, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
-                    *raw = bf16::from_f32(*value).to_le_bytes();
+                    *raw = bf16_bits(*value).to_le_bytes();
                 }
             }
             Self::F16 => {
@@ -149,6 +149,31 @@ impl Float {
                 for (raw, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(values) {
                     *raw = value.to_le_bytes();
                 }
+            }
+        }
+    }
+}
+
+/// `value` as bfloat16, to nearest with ties to even; written out so that it compiles to vector instructions.
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    if value.is_nan() {
+        return (bits >> 16) as u16 | 0x0040; // quiet, and never rounded up to infinity
+    }
+    ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_as_half_does() {
+        // Every upper half with lower halves around the ties and the ends.
+        for upper in 0..=0xffff_u32 {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(upper << 16 | lower);
+                assert_eq!(bf16_bits(value), half::bf16::from_f32(value).to_bits(), "{value:?}");
             }
         }
     }

@@ -5,6 +5,8 @@
 //! chunk by chunk and in any order, since every byte's place is known. Nothing here knows about models, Hugging Face
 //! or Python: which tensors to pack, and where an adapter's delta goes, is decided by the caller.
 
+#![cfg_attr(test, allow(clippy::float_cmp, reason = "the tests are about exact values"))]
+
 mod dtype;
 mod error;
 mod job;

@@ -87,10 +87,10 @@ fn dynamic_map() -> [f32; 256] {
     let mut levels = vec![0.0, 1.0];
     for decade in 0..7 {
         let count = 1_u16 << decade;
-        let magnitude = 10_f64.powi(i32::from(decade) - 6) as f32;
+        let magnitude = 10_f64.powi(decade - 6) as f32;
         let boundary = |index: u16| linspace(0.1, 1.0, count + 1, index);
         for index in 0..count {
-            let level = magnitude * ((boundary(index) + boundary(index + 1)) / 2.0);
+            let level = magnitude * f32::midpoint(boundary(index), boundary(index + 1));
             levels.extend([level, -level]);
         }
     }

@@ -38,7 +38,7 @@ pub const THRESHOLDS: [f32; 15] = {
     let mut midpoints = [0.0; 15];
     let mut index = 0;
     while index < 15 {
-        midpoints[index] = (LEVELS[index] + LEVELS[index + 1]) / 2.0;
+        midpoints[index] = f32::midpoint(LEVELS[index], LEVELS[index + 1]);
         index += 1;
     }
     midpoints

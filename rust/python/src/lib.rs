@@ -2,6 +2,7 @@
 //! exports is described in `qpack/_core.pyi`.
 
 #![allow(missing_docs, reason = "documented where Python reads it, in qpack/_core.pyi")]
+#![allow(clippy::needless_pass_by_value, reason = "pyo3 hands arguments over by value")]
 
 mod errors;
 mod kernels;

@@ -11,7 +11,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct File {
     path: PathBuf,
-    file: fs::File,
+    handle: fs::File,
     data_start: u64,
     tensors: Vec<TensorInfo>,
 }
@@ -22,13 +22,13 @@ impl File {
     /// # Errors
     /// [`Error::Io`], or [`Error::Malformed`] saying which rule of the format is broken.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = fs::File::open(path).map_err(Error::io(path))?;
-        let file_len = file.metadata().map_err(Error::io(path))?.len();
+        let handle = fs::File::open(path).map_err(Error::io(path))?;
+        let file_len = handle.metadata().map_err(Error::io(path))?.len();
         if file_len < 8 {
             return Err(Error::malformed(path, format!("{file_len} bytes are too few for a safetensors file")));
         }
         let mut length = [0; 8];
-        file.read_exact_at(&mut length, 0).map_err(Error::io(path))?;
+        handle.read_exact_at(&mut length, 0).map_err(Error::io(path))?;
         let header_len = u64::from_le_bytes(length);
         if header_len > header::MAX_HEADER_LEN {
             let limit = header::MAX_HEADER_LEN;
@@ -39,9 +39,9 @@ impl File {
             return Err(Error::malformed(path, reason));
         };
         let mut json = vec![0; header_len as usize];
-        file.read_exact_at(&mut json, 8).map_err(Error::io(path))?;
+        handle.read_exact_at(&mut json, 8).map_err(Error::io(path))?;
         let tensors = header::parse(&json, data_len).map_err(|reason| Error::malformed(path, reason))?;
-        Ok(Self { path: path.to_owned(), file, data_start: 8 + header_len, tensors })
+        Ok(Self { path: path.to_owned(), handle, data_start: 8 + header_len, tensors })
     }
 
     /// Where the file is.
@@ -64,6 +64,6 @@ impl File {
     pub fn read_at(&self, tensor: &TensorInfo, offset: u64, buffer: &mut [u8]) -> Result<()> {
         assert!(offset + buffer.len() as u64 <= tensor.bytes(), "read leaves tensor {}", tensor.name);
         let position = self.data_start + tensor.range.start + offset;
-        self.file.read_exact_at(buffer, position).map_err(Error::io(&self.path))
+        self.handle.read_exact_at(buffer, position).map_err(Error::io(&self.path))
     }
 }
