@@ -11,8 +11,8 @@ from typing import final
 
 __all__ = [
     "BLOCKSIZES",
-    "PackedInfo",
     "SUFFIXES",
+    "PackedInfo",
     "TensorInfo",
     "Written",
     "__version__",

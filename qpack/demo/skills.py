@@ -58,12 +58,13 @@ SKILLS: dict[str, Callable[[Order], str]] = {"json": as_json, "label": as_label}
 def orders(train: int, held_out: int, seed: int) -> tuple[list[Order], list[Order]]:
     """Draw distinct orders for training and for testing; every word of the second list is in the first."""
     draw = random.Random(seed)
-    combinations = [(item, city) for item in ITEMS for city in CITIES]
-    draw.shuffle(combinations)
-    every = [
-        Order(item, draw.randint(2, 9), city, PHRASES[index % len(PHRASES)])
-        for index, (item, city) in enumerate(combinations)
+    items = draw.sample(ITEMS, len(ITEMS))
+    cities = draw.sample(CITIES, len(CITIES))
+    # Round after round over all items, each time with its next city: no pair comes twice, and no word comes late.
+    pairs = [
+        (item, cities[(index + turn) % len(cities)]) for turn in range(len(cities)) for index, item in enumerate(items)
     ]
+    every = [Order(item, draw.randint(2, 9), city, draw.choice(PHRASES)) for item, city in pairs]
     return every[:train], every[train : train + held_out]
 
 

@@ -3,6 +3,14 @@
 use crate::Result;
 use crate::safetensors::Tensor;
 
+/// The factors of a change in an adapter's file, their shapes checked.
+#[derive(Debug, Clone, Copy)]
+pub struct Factors<'a> {
+    a: Tensor<'a>, // (r, in_features)
+    b: Tensor<'a>, // (out_features, r)
+    scale: f32,
+}
+
 /// A low-rank change of one weight of shape (`out_features`, `in_features`), in f32.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Delta {
@@ -13,28 +21,39 @@ pub struct Delta {
     in_features: usize,
 }
 
-impl Delta {
-    /// Read both factors of a change of a weight of shape `shape`.
+impl<'a> Factors<'a> {
+    /// The factors of a change of a weight of shape `shape`.
     ///
     /// # Errors
-    /// [`crate::Error::Malformed`] if the factors do not have the shapes (r, `in_features`) and (`out_features`, r).
-    pub fn read(a: Tensor<'_>, b: Tensor<'_>, scale: f32, shape: &[u64]) -> Result<Self> {
+    /// [`crate::Error::Malformed`] if they do not have the shapes (r, `in_features`) and (`out_features`, r), with no
+    /// dimension of 0, or are not BF16, F16 or F32.
+    pub fn open(a: Tensor<'a>, b: Tensor<'a>, scale: f32, shape: &[u64]) -> Result<Self> {
         let &[out_features, in_features] = shape else {
             return Err(a.error(format!("changes a weight of shape {shape:?}, expected two dimensions")));
         };
-        let &[r, columns] = a.info.shape.as_slice() else {
-            return Err(a.error(format!("has shape {:?}, expected (r, in_features)", a.info.shape)));
-        };
-        if columns != in_features {
-            return Err(a.error(format!("has in_features {columns}, the base has {in_features}")));
+        let r = a.info.shape.first().copied().unwrap_or(0);
+        if r == 0 || a.info.shape != [r, in_features] {
+            return Err(a.error(format!("has shape {:?}, expected [r, {in_features}]", a.info.shape)));
         }
         if b.info.shape != [out_features, r] {
             return Err(b.error(format!("has shape {:?}, expected [{out_features}, {r}]", b.info.shape)));
         }
-        let (r, in_features) = (r as usize, in_features as usize);
-        Ok(Self { a: a.read_floats()?, b: b.read_floats()?, scale, r, in_features })
+        a.float()?;
+        b.float()?;
+        Ok(Self { a, b, scale })
     }
 
+    /// Read both factors.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn read(&self) -> Result<Delta> {
+        let [r, in_features] = [0, 1].map(|dimension: usize| self.a.info.shape[dimension] as usize);
+        Ok(Delta { a: self.a.read_floats()?, b: self.b.read_floats()?, scale: self.scale, r, in_features })
+    }
+}
+
+impl Delta {
     /// Add rows `first_row..` of the change to `rows`, which holds whole rows of the weight.
     ///
     /// Each row of `B @ A` is summed in f32 in the order of the rank, scaled, then added: per value `r` products and

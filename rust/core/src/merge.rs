@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use rayon::prelude::*;
 
-use crate::lora::Delta;
+use crate::lora::Factors;
 use crate::quant_state::{self, QuantState};
 use crate::safetensors::{Checkpoint, Tensor, TensorSpec};
 use crate::stream::{CHUNK, Cast, Copy, Plan, Recipe, Scratch, Sink, same_shape};
@@ -15,7 +15,7 @@ use crate::{Float, Job, Result, nested, nf4};
 
 /// Where an adapter keeps its change of one weight.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Factors {
+pub struct FactorNames {
     /// Name of the tensor (r, `in_features`) in the adapter's file.
     pub a: String,
     /// Name of the tensor (`out_features`, r) in the adapter's file.
@@ -28,21 +28,22 @@ pub struct Factors {
 /// (by weight) of `adapter` added. Tensors that are not BF16, F16 or F32 are written as they are.
 ///
 /// # Errors
-/// As [`Packed::open`] and [`Delta::read`]; [`crate::Error::Malformed`] if a weight or a factor is missing.
+/// As [`Packed::open`] and [`Factors::open`]; [`crate::Error::Malformed`] if a weight or a factor is missing.
 pub fn plan<'a>(
     base: &'a Checkpoint,
-    adapter: &Checkpoint,
-    factors: &HashMap<String, Factors>,
+    adapter: &'a Checkpoint,
+    factors: &HashMap<String, FactorNames>,
     to: Float,
     max_shard_bytes: u64,
 ) -> Result<Plan<'a>> {
     for name in factors.keys() {
         base.tensor(name)?;
     }
-    let delta = |name: &str, shape: &[u64]| {
-        let delta =
-            |Factors { a, b, scale }: &Factors| Delta::read(adapter.tensor(a)?, adapter.tensor(b)?, *scale, shape);
-        factors.get(name).map(delta).transpose()
+    let change = |name: &str, shape: &[u64]| {
+        let open = |FactorNames { a, b, scale }: &FactorNames| {
+            Factors::open(adapter.tensor(a)?, adapter.tensor(b)?, *scale, shape)
+        };
+        factors.get(name).map(open).transpose()
     };
     let mut recipes: Vec<Box<dyn Recipe>> = Vec::new();
     for tensor in base.tensors() {
@@ -51,10 +52,10 @@ pub fn plan<'a>(
             // A part of a packed weight, which is read with its codes.
         } else if Packed::is(base, name) {
             let packed = Packed::open(base, name)?;
-            let delta = delta(name, &packed.state.shape)?;
-            recipes.push(Box::new(Merge::packed(packed, delta, to)));
-        } else if let Some(delta) = delta(name, &tensor.info.shape)? {
-            recipes.push(Box::new(Merge::plain(tensor, delta, to)?));
+            let change = change(name, &packed.state.shape)?;
+            recipes.push(Box::new(Merge::packed(packed, change, to)));
+        } else if let Some(change) = change(name, &tensor.info.shape)? {
+            recipes.push(Box::new(Merge::plain(tensor, change, to)?));
         } else if Float::from_dtype(tensor.info.dtype).is_some() {
             recipes.push(Box::new(Cast::new(tensor, to)?));
         } else {
@@ -64,12 +65,12 @@ pub fn plan<'a>(
     Ok(Plan::new(recipes, max_shard_bytes))
 }
 
-/// A packed weight of an open checkpoint.
+/// A packed weight of an open checkpoint, its tensors checked.
 #[derive(Debug)]
 pub struct Packed<'a> {
+    checkpoint: &'a Checkpoint,
     codes: Tensor<'a>,
     state: QuantState,
-    absmax: Vec<f32>,
     bytes: u64,
 }
 
@@ -79,14 +80,13 @@ impl<'a> Packed<'a> {
         checkpoint.get(&format!("{name}{}", quant_state::STATE)).is_some()
     }
 
-    /// Read the quant state and the scales of the packed weight `name`.
+    /// Read the quant state of the packed weight `name` and check what stands beside its codes.
     ///
     /// # Errors
     /// [`crate::Error::Malformed`] naming the tensor of it that is missing or not as expected.
     pub fn open(checkpoint: &'a Checkpoint, name: &str) -> Result<Self> {
         let codes = checkpoint.tensor(name)?;
-        let beside = |suffix: &str| checkpoint.tensor(&format!("{name}{suffix}"));
-        let json = beside(quant_state::STATE)?;
+        let json = checkpoint.tensor(&format!("{name}{}", quant_state::STATE))?;
         let state = QuantState::parse(&json.read()?).map_err(|reason| json.error(reason))?;
         let mut bytes = 0;
         for expected in state.tensors(name) {
@@ -101,17 +101,7 @@ impl<'a> Packed<'a> {
                 return Err(found.error(format!("is {found_dtype} {found_shape:?}, expected {dtype} {shape:?}")));
             }
         }
-        let absmax = beside(quant_state::ABSMAX)?;
-        let absmax = match state.nested_offset {
-            None => absmax.read_floats()?,
-            Some(offset) => {
-                let nested_absmax = beside(quant_state::NESTED_ABSMAX)?.read_floats()?;
-                let map = beside(quant_state::NESTED_QUANT_MAP)?.read_floats()?;
-                let map = map.as_slice().try_into().map_err(|_| codes.error("nested_quant_map has not 256 levels"))?;
-                nested::dequantize(&absmax.read()?, &nested_absmax, map, offset)
-            }
-        };
-        Ok(Self { codes, state, absmax, bytes })
+        Ok(Self { checkpoint, codes, state, bytes })
     }
 
     /// Blocksize, shape, dtype before packing.
@@ -124,19 +114,43 @@ impl<'a> Packed<'a> {
         self.bytes
     }
 
-    /// Fill `out` with the weights from `first` on, in f32, through `bytes` as scratch.
+    /// Read the block scales, decoded if they are themselves in 8 bits.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`]; [`crate::Error::Malformed`] if a nested map has not 256 levels.
+    pub fn read_scales(&self) -> Result<Vec<f32>> {
+        let beside = |suffix: &str| self.checkpoint.tensor(&format!("{}{suffix}", self.codes.info.name));
+        let absmax = beside(quant_state::ABSMAX)?;
+        let Some(offset) = self.state.nested_offset else { return absmax.read_floats() };
+        let nested_absmax = beside(quant_state::NESTED_ABSMAX)?.read_floats()?;
+        let map = beside(quant_state::NESTED_QUANT_MAP)?;
+        let levels = map.read_floats()?;
+        let levels = levels.as_slice().try_into().map_err(|_| map.error("has not 256 levels"))?;
+        Ok(nested::dequantize(&absmax.read()?, &nested_absmax, levels, offset))
+    }
+
+    /// Replace `out` by the `len` weights from `first` on, in f32, through `bytes` as scratch.
+    ///
+    /// `scales` are those of [`Packed::read_scales`].
     ///
     /// # Errors
     /// [`crate::Error::Io`].
-    pub fn read_floats_at(&self, first: u64, out: &mut Vec<f32>, len: usize, bytes: &mut Vec<u8>) -> Result<()> {
+    pub fn read_floats_at(
+        &self,
+        scales: &[f32],
+        first: u64,
+        len: usize,
+        out: &mut Vec<f32>,
+        bytes: &mut Vec<u8>,
+    ) -> Result<()> {
         let blocksize = self.state.blocksize as u64;
         let (block, skip) = (first / blocksize, (first % blocksize) as usize);
         let elements = skip + len;
         bytes.resize(elements.div_ceil(2), 0);
         self.codes.read_at(block * blocksize / 2, bytes)?;
-        let absmax = &self.absmax[block as usize..][..elements.div_ceil(self.state.blocksize)];
+        let scales = &scales[block as usize..][..elements.div_ceil(self.state.blocksize)];
         out.resize(elements, 0.0);
-        nf4::dequantize(bytes, absmax, self.state.blocksize, out);
+        nf4::dequantize(bytes, scales, self.state.blocksize, out);
         out.drain(..skip);
         Ok(())
     }
@@ -156,25 +170,25 @@ pub struct Merge<'a> {
     output: TensorSpec,
     source_bytes: u64,
     to: Float,
-    delta: Option<Delta>,
+    change: Option<Factors<'a>>,
 }
 
 impl<'a> Merge<'a> {
-    /// A recipe that decodes the packed weight `packed`, adds `delta` and writes the sum as `to`.
-    pub fn packed(packed: Packed<'a>, delta: Option<Delta>, to: Float) -> Self {
+    /// A recipe that decodes the packed weight `packed`, adds `change` and writes the sum as `to`.
+    pub fn packed(packed: Packed<'a>, change: Option<Factors<'a>>, to: Float) -> Self {
         let name = packed.codes.info.name.clone();
         let output = TensorSpec { name, dtype: to.dtype(), shape: packed.state.shape.clone() };
-        Self { output, source_bytes: packed.codes.info.bytes(), base: Base::Packed(packed), to, delta }
+        Self { output, source_bytes: packed.codes.info.bytes(), base: Base::Packed(packed), to, change }
     }
 
-    /// A recipe that adds `delta` to the plain weight `tensor` and writes the sum as `to`.
+    /// A recipe that adds `change` to the plain weight `tensor` and writes the sum as `to`.
     ///
     /// # Errors
     /// [`crate::Error::Malformed`] if the weight is not BF16, F16 or F32.
-    pub fn plain(tensor: Tensor<'a>, delta: Delta, to: Float) -> Result<Self> {
+    pub fn plain(tensor: Tensor<'a>, change: Factors<'a>, to: Float) -> Result<Self> {
         tensor.float()?;
         let output = same_shape(&tensor, to.dtype());
-        Ok(Self { output, source_bytes: tensor.info.bytes(), base: Base::Plain(tensor), to, delta: Some(delta) })
+        Ok(Self { output, source_bytes: tensor.info.bytes(), base: Base::Plain(tensor), to, change: Some(change) })
     }
 }
 
@@ -188,6 +202,11 @@ impl Recipe for Merge<'_> {
     }
 
     fn run(&self, sink: &Sink<'_>, job: &Job) -> Result<()> {
+        let scales = match &self.base {
+            Base::Packed(packed) => packed.read_scales()?,
+            Base::Plain(_) => Vec::new(),
+        };
+        let delta = self.change.map(|factors| factors.read()).transpose()?;
         let [out_features, in_features] = [self.output.shape[0], self.output.shape[1]];
         let rows_a_chunk = (CHUNK as u64 / in_features).max(1);
         let chunks = (0..out_features.div_ceil(rows_a_chunk)).into_par_iter();
@@ -197,13 +216,13 @@ impl Recipe for Merge<'_> {
             let rows = rows_a_chunk.min(out_features - first_row);
             let (first, elements) = (first_row * in_features, (rows * in_features) as usize);
             match &self.base {
-                Base::Packed(packed) => packed.read_floats_at(first, floats, elements, bytes)?,
+                Base::Packed(packed) => packed.read_floats_at(&scales, first, elements, floats, bytes)?,
                 Base::Plain(tensor) => {
                     floats.resize(elements, 0.0);
                     tensor.read_floats_at(first, floats, bytes)?;
                 }
             }
-            if let Some(delta) = &self.delta {
+            if let Some(delta) = &delta {
                 delta.add_to(floats, first_row as usize);
             }
             scratch.write_floats(self.to, sink, first)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::slice;
 
 use pyo3::prelude::*;
-use qpack_core::merge::Factors;
+use qpack_core::merge::FactorNames;
 use qpack_core::pack::Options;
 use qpack_core::safetensors::Checkpoint;
 use qpack_core::stream;
@@ -63,7 +63,7 @@ pub fn merge(
     on_progress: Option<Py<PyAny>>,
 ) -> PyResult<Written> {
     let to = float(dtype)?;
-    let factors = deltas.into_iter().map(|(name, (a, b, scale))| (name, Factors { a, b, scale })).collect();
+    let factors = deltas.into_iter().map(|(name, (a, b, scale))| (name, FactorNames { a, b, scale })).collect();
     let open = || Ok((Checkpoint::open(&shards)?, Checkpoint::open(slice::from_ref(&adapter))?));
     let (base, adapter) = py.detach(open).map_err(to_python)?;
     let plan =

@@ -1,0 +1,133 @@
+"""The hyper-parameters of a training run, checked when they are made, and the YAML file that can hold them.
+
+The defaults follow the QLoRA paper (arXiv 2305.14314, table 9 and appendix B) in what carries over to any size: all
+linear layers, dropout 0.05, learning rate 2e-4 held constant, gradient norm 0.3, paged AdamW.
+"""
+
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qpack.errors import DataError
+
+OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch")
+"""The optimizers offered, by the names that transformers gives them."""
+
+SCHEDULERS = ("constant_with_warmup", "linear", "cosine")
+"""The learning-rate schedules offered: each one honours ``warmup_steps`` (plain ``constant`` would ignore it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """Hyper-parameters of one run; an impossible value raises :class:`~qpack.errors.DataError` naming its field.
+
+    Attributes:
+        r: rank of the LoRA matrices.
+        lora_alpha: the adapter's output is scaled by ``lora_alpha / r``.
+        lora_dropout: share of the adapter's inputs dropped while training.
+        lr: peak learning rate.
+        lr_scheduler: how the rate goes on after the warm-up, one of :data:`SCHEDULERS`.
+        warmup_steps: steps over which the rate climbs from zero; must be fewer than the steps of the run.
+        epochs: passes over the data; a fraction is allowed. ``max_steps`` takes precedence.
+        max_steps: optimizer steps, whatever the size of the data.
+        batch_size: sequences in one forward pass.
+        grad_accum: forward passes in one optimizer step.
+        max_length: longest sequence in tokens; longer ones are cut at their end, and the report counts them.
+        max_grad_norm: gradients are scaled down to this norm.
+        optim: one of :data:`OPTIMIZERS`. Paging needs a GPU; on a CPU the unpaged twin is used and reported.
+        seed: decides the initial adapter, the order of the data and the dropout.
+    """
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lr: float = 2e-4
+    lr_scheduler: str = "constant_with_warmup"
+    warmup_steps: int = 0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    grad_accum: int = 1
+    max_length: int = 1024
+    max_grad_norm: float = 0.3
+    optim: str = "paged_adamw_8bit"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse wrong types and values out of range."""
+        for name in ("r", "lora_alpha", "batch_size", "grad_accum"):
+            _require_integer(name, getattr(self, name), minimum=1)
+        _require_integer("max_length", self.max_length, minimum=2)  # one token to read, one to predict
+        _require_integer("warmup_steps", self.warmup_steps, minimum=0)
+        _require_integer("seed", self.seed, minimum=0)
+        if self.max_steps is not None:
+            _require_integer("max_steps", self.max_steps, minimum=1)
+        for name in ("lr", "epochs", "max_grad_norm"):
+            _require_number(name, getattr(self, name))
+            if getattr(self, name) <= 0:
+                raise DataError(f"{name}: expected more than 0, found {getattr(self, name)}")
+        _require_number("lora_dropout", self.lora_dropout)
+        if not 0 <= self.lora_dropout < 1:
+            raise DataError(f"lora_dropout: expected at least 0 and less than 1, found {self.lora_dropout}")
+        _require_choice("optim", self.optim, OPTIMIZERS)
+        _require_choice("lr_scheduler", self.lr_scheduler, SCHEDULERS)
+
+
+def load_settings(path: Path | str, **overrides: Any) -> TrainSettings:
+    """Read settings from a YAML file of ``field: value`` lines; ``overrides`` win over the file.
+
+    Raises:
+        DataError: the file cannot be read or parsed, holds a key that is no setting, or a value that is not allowed.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    known = [field.name for field in fields(TrainSettings)]
+    for key in values:
+        if key not in known:
+            raise DataError(f"{path}: unknown setting {key!r}, expected one of {', '.join(known)}")
+    try:
+        TrainSettings(**values)  # so that an override never hides a bad value in the file
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return TrainSettings(**{**values, **overrides})
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    """Return the mapping that the file holds; an empty file is an empty mapping."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1, which takes ``2e-4`` for text, with the floats of YAML 1.2."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+    try:
+        # Loader is a SafeLoader: it builds plain values only.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: expected 'field: value' lines, found a {type(values).__name__}")
+    return values
+
+
+def _require_integer(name: str, value: object, *, minimum: int) -> None:
+    if type(value) is not int:  # a bool is an int to isinstance
+        raise DataError(f"{name}: expected an integer, found {value!r}")
+    if value < minimum:
+        raise DataError(f"{name}: expected at least {minimum}, found {value}")
+
+
+def _require_number(name: str, value: object) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        raise DataError(f"{name}: expected a finite number, found {value!r}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise DataError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")

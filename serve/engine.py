@@ -1,0 +1,96 @@
+"""vLLM's engine and OpenAI server, built from a config. Importing this module imports vLLM.
+
+The arguments go through vLLM's own parser, and the server is put together from the parts of vLLM's own `run_server`,
+which cannot be called whole: it would take the port a second time, and it does not tell a dead engine from a stop.
+"""
+
+import json
+import socket
+import threading
+from argparse import Namespace
+from typing import Any
+
+import psutil
+import uvloop
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.system_utils import set_ulimit
+
+from qpack.errors import ServeError
+from serve.config import ServeConfig
+
+_GIB = 1 << 30
+
+
+def run(config: ServeConfig, listener: socket.socket) -> None:
+    """Load the engine and serve on the bound socket until a signal.
+
+    Raises:
+        ServeError: if the engine does not load, or dies later.
+    """
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(engine_arguments(config, listener.getsockname()[1]))
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    set_ulimit()
+    try:
+        asked_to_stop = uvloop.run(_serve(args, listener))
+    except Exception as error:
+        raise ServeError(f"the engine did not start: {' '.join(str(error).split())}") from error
+    if not asked_to_stop:
+        raise ServeError("the engine died; what it wrote last, above, says why")
+
+
+def engine_arguments(config: ServeConfig, port: int) -> list[str]:
+    """Return what ``vllm serve`` would have to be given for this config on this machine."""
+    options: dict[str, object] = {
+        "model": config.base,
+        "served-model-name": config.name,
+        "host": config.host,
+        "port": port,
+        "max-model-len": config.max_model_len or "auto",
+        "middleware": "serve.routes.AllowedRoutes",
+        "uvicorn-log-level": "info" if config.verbose else "warning",
+    }
+    flags = [] if config.verbose else ["--disable-uvicorn-access-log", "--no-use-tqdm-on-load"]
+    if current_platform.is_cpu():
+        # With adapters vLLM never compiles on CPU; without, it costs 40 s of start and the answers came no faster.
+        flags.append("--enforce-eager")
+        # The 4-bit layer fails in f32, which is what a base's config may say.
+        options["dtype"] = "bfloat16"
+        # vLLM's default is nearly all the memory of the machine, and a start is 4 s longer for each GiB.
+        # VLLM_CPU_KVCACHE_SPACE (GiB), if set, takes precedence.
+        options["kv-cache-memory-bytes"] = min(2 * _GIB, psutil.virtual_memory().available // 4)
+    if config.adapters:
+        options["max-loras"] = config.max_loras
+        options["max-lora-rank"] = config.max_lora_rank
+        # An adapter that drops out of memory is read again from disk, and the engine dies if it is gone by then.
+        options["max-cpu-loras"] = max(len(config.adapters), config.max_loras or 1)
+        modules = [json.dumps({"name": name, "path": str(path)}) for name, path in config.adapters.items()]
+        flags += ["--enable-lora", "--lora-modules", *modules]
+    return [*(f"--{name}={value}" for name, value in options.items()), *flags]
+
+
+async def _serve(args: Namespace, listener: socket.socket) -> bool:
+    """Serve until the end and return whether a signal asked for it.
+
+    On a signal vLLM's server shuts the engine down before it returns; on the death of the engine it just returns.
+    """
+    asked_to_stop = threading.Event()
+    async with build_async_engine_client(args) as engine:
+        shut_down = engine.shutdown
+
+        def noted(*args: Any, **kwargs: Any) -> None:
+            asked_to_stop.set()
+            shut_down(*args, **kwargs)
+
+        engine.shutdown = noted  # type: ignore[method-assign]
+        closing = await build_and_serve(engine, "qpack", listener, args)
+        ended_by_signal = asked_to_stop.is_set()
+    await closing
+    return ended_by_signal

@@ -1,0 +1,182 @@
+"""What is refused before the engine is loaded, and that nothing heavy is imported for it."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from qpack.errors import AdapterError, CheckpointError, ServeError
+from serve import ServeConfig, collect_adapters
+from serve.config import LORA_RANKS
+from serve.launch import engine_environment, listen
+
+
+def test_defaults_hold_every_adapter(packed: Path, adapters: dict[str, Path]) -> None:
+    config = ServeConfig(packed, adapters)
+    assert (config.name, config.max_loras, config.max_lora_rank) == ("packed", 2, 8)
+
+
+def test_a_base_needs_no_adapters(packed: Path) -> None:
+    assert ServeConfig(packed).max_loras is None
+
+
+def test_an_unpacked_base_is_refused(llama: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not packed as bitsandbytes nf4"):
+        ServeConfig(llama)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        ServeConfig(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a b", ".hidden", "a@1", "x" * 129])
+def test_illegal_names_are_refused(packed: Path, adapters: dict[str, Path], name: str) -> None:
+    with pytest.raises(ServeError, match=re.escape(f"the name {name!r} is not 1 to 128 letters")):
+        ServeConfig(packed, {name: adapters["alpha"]})
+
+
+def test_the_name_of_the_base_is_taken(packed: Path, adapters: dict[str, Path]) -> None:
+    with pytest.raises(ServeError, match="the name 'packed' is the base's own"):
+        ServeConfig(packed, {"packed": adapters["alpha"]})
+
+
+def test_a_bad_adapter_is_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="none: not a directory"):
+        ServeConfig(packed, {"none": tmp_path / "none"})
+
+
+def test_an_adapter_of_another_base_is_refused(packed: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    from tiny import write_llama
+
+    import qpack
+
+    other = tmp_path / "wider"
+    qpack.convert(write_llama(tmp_path / "source", hidden_size=384), other)
+    with pytest.raises(AdapterError, match="changes model"):
+        ServeConfig(other, adapters)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 65536}, "port 65536: expected 0 to 65535"),
+        ({"max_loras": 0}, "max_loras 0: expected at least 1"),
+        ({"max_model_len": 0}, "max_model_len 0: expected at least 1"),
+        ({"max_lora_rank": 4}, "max_lora_rank 4: expected one of 1, 8, 16"),
+        ({"max_lora_rank": 1}, "rank 8 does not fit in max_lora_rank 1"),
+    ],
+)
+def test_bad_numbers_are_refused(
+    packed: Path, adapters: dict[str, Path], options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ServeError, match=message):
+        ServeConfig(packed, adapters, **options)  # type: ignore[arg-type]  # mypy reads the options as any field
+
+
+@pytest.mark.parametrize("option", ["max_loras", "max_lora_rank"])
+def test_slots_without_adapters_are_refused(packed: Path, option: str) -> None:
+    with pytest.raises(ServeError, match="need at least one adapter"):
+        ServeConfig(packed, **{option: 8})  # type: ignore[arg-type]
+
+
+def test_pairs_and_folders_are_collected(adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder = adapters["alpha"].parent
+    (tmp_path / "not-an-adapter").mkdir()
+    shutil.copytree(adapters["alpha"], tmp_path / "gamma")
+    assert collect_adapters([f"one={folder / 'alpha'}"], tmp_path) == {
+        "one": folder / "alpha",
+        "gamma": tmp_path / "gamma",
+    }
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["alpha"], "adapter 'alpha': expected NAME=DIR"),
+        (["alpha="], "adapter 'alpha=': expected NAME=DIR"),
+        (["a=x", "a=y"], "adapter y: the name 'a' is already used by x"),
+    ],
+)
+def test_bad_pairs_are_refused(pairs: list[str], message: str) -> None:
+    with pytest.raises(ServeError, match=message):
+        collect_adapters(pairs)
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match="no subdirectory holds an adapter_config"):
+        collect_adapters(folder=tmp_path)
+    with pytest.raises(ServeError, match="not a directory of adapters"):
+        collect_adapters(folder=tmp_path / "missing")
+
+
+def test_a_port_is_taken_from_the_start() -> None:
+    with listen("127.0.0.1", 0) as listener, pytest.raises(ServeError, match="address already in use"):
+        with listen("127.0.0.1", listener.getsockname()[1]):
+            pass
+
+
+def test_the_environment_keeps_what_is_set() -> None:
+    assert engine_environment({}, verbose=True) == {"VLLM_NO_USAGE_STATS": "1"}
+    quiet = engine_environment({"VLLM_LOGGING_LEVEL": "DEBUG", "PYTHONWARNINGS": "error"}, verbose=False)
+    assert quiet == {"VLLM_NO_USAGE_STATS": "1"}
+
+
+def test_a_list_of_plugins_is_completed() -> None:
+    assert engine_environment({"VLLM_PLUGINS": "mine"}, verbose=True)["VLLM_PLUGINS"] == "mine,bitsandbytes,qpack"
+
+
+def test_runtime_loading_by_clients_is_refused() -> None:
+    with pytest.raises(ServeError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING is set"):
+        engine_environment({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}, verbose=True)
+
+
+def test_the_ranks_are_vllms() -> None:
+    vllm = find_spec("vllm")  # found, not imported: that takes half a minute
+    if vllm is None or vllm.origin is None:
+        pytest.skip("vllm is not installed")
+    source = (Path(vllm.origin).parent / "config/lora.py").read_text()
+    literal = re.search(r"^MaxLoRARanks = Literal\[([\d, ]+)\]$", source, re.MULTILINE)
+    assert literal is not None
+    assert tuple(map(int, literal[1].split(","))) == LORA_RANKS
+
+
+_REFUSALS = """
+import sys
+from pathlib import Path
+from qpack.errors import QpackError
+from serve import ServeConfig, collect_adapters, serve
+
+packed, unpacked, adapter = map(Path, sys.argv[1:4])
+port = int(sys.argv[4])
+for attempt in (
+    lambda: ServeConfig(unpacked),
+    lambda: ServeConfig(packed, {"a b": adapter}),
+    lambda: collect_adapters(["alpha"]),
+    lambda: serve(ServeConfig(packed, {"alpha": adapter}, port=port)),
+    lambda: serve(ServeConfig(packed, host="256.0.0.1")),
+):
+    try:
+        attempt()
+    except QpackError as error:
+        print(error)
+print(sorted({"torch", "vllm"} & set(sys.modules)))
+"""
+
+
+def test_refusals_import_neither_vllm_nor_torch(packed: Path, llama: Path, adapters: dict[str, Path]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        command: list[str | Path] = [sys.executable, "-c", _REFUSALS, packed, llama, adapters["alpha"], str(port)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    *messages, imported = run.stdout.splitlines()
+    assert len(messages) == 5
+    assert messages[3] == f"cannot listen on 127.0.0.1:{port}: address already in use"
+    assert messages[4].startswith("cannot listen on 256.0.0.1:8000: ")
+    assert imported == "[]"

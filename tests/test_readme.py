@@ -1,0 +1,98 @@
+"""What the README says is so: its commands run, its tree is the repository's, its table is what the demo prints."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qpack.demo import DemoReport
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def workspace(llama: Path, tmp_path: Path) -> Path:
+    """A directory with what the README's examples start from."""
+    shutil.copytree(llama, tmp_path / "model")
+    lines = [{"prompt": f"order {index}", "completion": f"item {index}"} for index in range(16)]
+    (tmp_path / "orders.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"make (\w+)", README)
+    assert {"demo", "test", "bench", "help"} <= set(targets)
+    for target in targets:
+        assert f"  make {target} " in listed
+
+
+def test_the_commands_run(workspace: Path) -> None:
+    _, commands, _ = blocks("sh")
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "qpack"
+        subprocess.run([sys.executable, "-m", "qpack", *arguments], cwd=workspace, check=True, capture_output=True)
+    assert (workspace / "merged" / "config.json").is_file()
+
+
+def test_the_server_s_options_are_its_own() -> None:
+    """The server itself is started, with these options, by the tests in serving/."""
+    *_, line = blocks("sh")
+    program, command, *arguments = shlex.split(line)
+    assert (program, command) == ("qpack", "serve")
+    text = subprocess.run(
+        [sys.executable, "-m", "qpack", "serve", "--help"], capture_output=True, text=True, check=True
+    )
+    for option in arguments[1::2]:
+        assert f"  {option} " in text.stdout
+
+
+def test_the_python_example_runs(workspace: Path) -> None:
+    (program,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", program], cwd=workspace, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"4\.\d{3} bits a packed weight\n", done.stdout)
+    assert (workspace / "merged" / "config.json").is_file()
+
+
+def test_the_tree_is_the_repository_s() -> None:
+    (tree,) = [block for block in blocks("") if "rust/core/" in block]
+    named = [line.split()[0] for line in tree.splitlines()]
+    for path in named:
+        assert (ROOT / path).exists()
+        assert path.endswith("/") == (ROOT / path).is_dir()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {path.split("/")[0] for path in tracked.splitlines() if "/" in path and not path.startswith(".")}
+    assert folders == {path.split("/")[0] for path in named if "/" in path}
+
+
+def test_the_transcript_is_what_the_demo_prints() -> None:
+    (transcript,) = [block for block in blocks("") if block.startswith("$ make demo")]
+    labels = {re.split(r"\s{2,}", line.strip())[0] for line in transcript.splitlines()}
+    names = ("json", "label")
+    steps = ["model", "convert", "train json", "train label", "serve: start", "serve: 60 answers", "merge"]
+    report = DemoReport(
+        model="SmolLM2-135M-Instruct",
+        plain_bytes=1,
+        packed_bytes=1,
+        packed_bits=4.0,
+        held_out=20,
+        base=dict.fromkeys(names, 0.0),
+        adapters=dict.fromkeys(names, 1.0),
+        merged_skill="json",
+        merged=1.0,
+        merged_differences=0,
+        seconds=dict.fromkeys([*steps, "merged: answers"], 1.0),
+    )
+    for line in report.table().splitlines():
+        assert re.split(r"\s{2,}", line.strip())[0] in labels

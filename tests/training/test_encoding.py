@@ -1,0 +1,184 @@
+"""Labels: exactly what the assistant says and its end token, for templates of every kind in use."""
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import write_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qpack.errors import DataError
+from qpack.training.conversations import Conversation, Message
+from qpack.training.encoding import IGNORED, Encoded, Example, encode
+from qpack.training.loop import collate
+
+TURNS = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "ein\n"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": " zwei ü"},
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    """The tiny model's tokenizer: a token a byte, ChatML, <|im_start|> for BOS and <|im_end|> for EOS."""
+    write_tokenizer(tmp_path)
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tmp_path)
+    return loaded
+
+
+def encode_one(
+    tokenizer: PreTrainedTokenizerBase, base: Path, messages: list[Message], max_length: int = 4096
+) -> Encoded:
+    return encode([Conversation("data.jsonl:1", messages)], tokenizer, base, max_length=max_length)
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    return str(tokenizer.decode(example["input_ids"]))
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[str]:
+    """The texts of the runs of learned tokens; a learned label is always its own token."""
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (token, IGNORED)
+    runs = itertools.groupby(example["labels"], key=lambda label: label != IGNORED)
+    return [str(tokenizer.decode(list(run))) for is_learned, run in runs if is_learned]
+
+
+def test_one_turn(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    encoded = encode_one(tokenizer, tmp_path, TURNS[:2])
+    (example,) = encoded.examples
+    assert text_of(tokenizer, example) == "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\nein\n<|im_end|>"
+    assert learned(tokenizer, example) == ["ein\n<|im_end|>"]
+    assert encoded.truncated == 0
+
+
+def test_turns_share_a_sequence(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (example,) = encode_one(tokenizer, tmp_path, TURNS).examples
+    rendered = str(tokenizer.apply_chat_template(TURNS, tokenize=False))
+    assert text_of(tokenizer, example) == rendered.removesuffix("\n")
+    assert learned(tokenizer, example) == ["ein\n<|im_end|>", " zwei ü<|im_end|>"]
+
+
+def test_labels_are_those_of_a_template_that_marks_them(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
+        "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    expected: Any = tokenizer.apply_chat_template(
+        TURNS, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (example,) = encode_one(tokenizer, tmp_path, TURNS).examples
+    length = len(example["input_ids"])  # the template's last line break is left out
+    assert example["input_ids"] == expected["input_ids"][:length]
+    assert [label != IGNORED for label in example["labels"]] == [bool(m) for m in expected["assistant_masks"][:length]]
+
+
+def test_bos_is_the_template_s_alone(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.add_bos_token = True
+    tokenizer.chat_template = "<s>" + str(tokenizer.chat_template)
+    (example,) = encode_one(tokenizer, tmp_path, TURNS).examples
+    assert example["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_missing_end_token_is_appended_to_every_turn(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    first, second = encode_one(tokenizer, tmp_path, TURNS).examples
+    assert text_of(tokenizer, first) == "user: one?\nassistant: ein\n\n<|im_end|>"
+    assert learned(tokenizer, first) == ["ein\n\n<|im_end|>"]
+    assert text_of(tokenizer, second) == "user: one?\nassistant: ein\n\nuser: two?\nassistant:  zwei ü\n<|im_end|>"
+    assert learned(tokenizer, second) == [" zwei ü\n<|im_end|>"]
+
+
+def test_generation_config_s_stop_token_ends_a_turn(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_end|>", "<|pad|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, tokenizer.pad_token_id]}))
+    (example,) = encode_one(tokenizer, tmp_path, TURNS).examples
+    assert learned(tokenizer, example) == ["ein\n<|pad|>", " zwei ü<|pad|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "stop", "sequences"),
+    [
+        ("qwen2_5", "<|im_end|>", [["ein\n", " zwei ü"]]),
+        # Qwen3 writes an empty thought in the last turn and leaves it out of earlier ones.
+        ("qwen3", "<|im_end|>", [["<think>\n\n</think>\n\nein\n"], ["<think>\n\n</think>\n\n zwei ü"]]),
+        ("llama3", "<|eot_id|>", [["ein", "zwei ü"]]),
+        ("gemma", "<end_of_turn>", [["ein", "zwei ü"]]),
+        ("phi3", "<|end|>", [["ein\n", " zwei ü"]]),
+    ],
+)
+def test_templates_in_use(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str, stop: str, sequences: list[list[str]]
+) -> None:
+    trl = importlib.util.find_spec("trl")
+    assert trl is not None and trl.origin is not None
+    tokenizer.chat_template = (Path(trl.origin).parent / "chat_templates" / f"{template}.jinja").read_text()
+    tokenizer.add_special_tokens({"eos_token": stop})
+    examples = encode_one(tokenizer, tmp_path, TURNS).examples
+    assert [learned(tokenizer, example) for example in examples] == [
+        [turn + stop for turn in turns] for turns in sequences
+    ]
+
+
+def test_prompt_that_the_turn_does_not_continue_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"^data\.jsonl:1: messages\[1\]: the chat template does not render the"):
+        encode_one(tokenizer, tmp_path, TURNS)
+
+
+def test_answer_with_an_end_token_in_it_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    messages = [TURNS[0], {"role": "assistant", "content": "say <|im_end|>"}]
+    with pytest.raises(DataError, match=r"^data\.jsonl:1: messages\[1\]: holds the end token '<\|im_end\|>' itself$"):
+        encode_one(tokenizer, tmp_path, messages)
+
+
+def test_conversation_that_the_template_rejects_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match=r"^data\.jsonl:1: the chat template refuses the conversation: no system role$"):
+        encode_one(tokenizer, tmp_path, TURNS)
+
+
+def test_truncation_is_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    whole = encode_one(tokenizer, tmp_path, TURNS).examples[0]
+    length = len(whole["input_ids"]) - 2
+    encoded = encode_one(tokenizer, tmp_path, TURNS, max_length=length)
+    assert encoded.truncated == 1
+    assert encoded.examples[0]["input_ids"] == whole["input_ids"][:length]
+    assert encoded.examples[0]["labels"] == whole["labels"][:length]
+
+
+def test_truncation_of_everything_learned_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^data\.jsonl:1: nothing left to learn: max_length 20 cuts the \d+ tokens"):
+        encode_one(tokenizer, tmp_path, TURNS, max_length=20)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [("chat_template", "the tokenizer has no chat template"), ("eos_token", "the tokenizer has no eos_token")],
+)
+def test_tokenizer_that_lacks_something_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, attribute: str, message: str
+) -> None:
+    setattr(tokenizer, attribute, None)
+    with pytest.raises(DataError, match=message):
+        encode_one(tokenizer, tmp_path, TURNS)
+
+
+def test_padding_is_masked_and_eos_is_not() -> None:
+    batch = collate([Example(input_ids=[5, 0], labels=[IGNORED, 0]), Example(input_ids=[6, 7, 0], labels=[6, 7, 0])])
+    assert torch.equal(batch["input_ids"], torch.tensor([[5, 0, 0], [6, 7, 0]]))
+    assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    assert torch.equal(batch["labels"], torch.tensor([[IGNORED, 0, IGNORED], [6, 7, 0]]))
