@@ -81,17 +81,18 @@ def test_every_tensor_is_what_bitsandbytes_would_store(tmp_path: Path, dtype: st
         assert torch.equal(before[name], after[name])
 
 
-def test_transformers_reads_it_as_if_it_had_packed_the_model_itself(llama: Path, packed: Path) -> None:
-    ours = AutoModelForCausalLM.from_pretrained(packed)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_transformers_reads_it_as_if_it_had_packed_the_model_itself(llama: Path, packed: Path, device: str) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(packed, device_map=device)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    theirs = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
-    plain = AutoModelForCausalLM.from_pretrained(llama)
-    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, device_map=device)
+    plain = AutoModelForCausalLM.from_pretrained(llama, device_map=device)
+    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         logits, expected, unpacked = (model(ids).logits.float() for model in (ours, theirs, plain))
     # Only the nested offset may differ, by the 2 ulp (2**-22) that torch's order of summing f32 costs: a change of

@@ -23,7 +23,7 @@ def tools(tmp_path: Path) -> Path:
 
 
 def check(tools: Path, python: str = "python3") -> subprocess.CompletedProcess[str]:
-    command = [tools / "sh", ROOT / "requirements" / "check-tools.sh", python]
+    command: list[str | Path] = [tools / "sh", ROOT / "requirements" / "check-tools.sh", python]
     return subprocess.run(command, env=os.environ | {"PATH": str(tools)}, capture_output=True, text=True, check=False)
 
 

@@ -9,7 +9,7 @@ BIN = Path(sys.executable).parent
 
 
 def test_the_wheel_packs_a_model_in_a_clean_environment(llama: Path, packed: Path, tmp_path: Path) -> None:
-    build = [BIN / "maturin", "build", "--release", "--quiet", "--out", tmp_path]
+    build: list[str | Path] = [BIN / "maturin", "build", "--release", "--quiet", "--out", tmp_path]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp311-abi3-" in wheel.name

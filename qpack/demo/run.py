@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING_ORDERS = 128
 HELD_OUT_ORDERS = 20
-SETTINGS = TrainSettings(lr=1e-3, max_steps=32, batch_size=8, max_length=128)
+SETTINGS = TrainSettings(lr=1e-3, max_steps=24, batch_size=8, max_length=128)
 MERGED = next(iter(SKILLS))
 
 

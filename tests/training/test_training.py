@@ -261,3 +261,10 @@ def test_import_is_light() -> None:
     program = "import sys, qpack.training\nprint(*sorted({'torch', 'transformers', 'peft', 'yaml'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout == "\n"
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_in_16_bits_and_pages_the_optimizer(base: Path, data: Path, tmp_path: Path) -> None:
+    report = train(base, data, tmp_path / "adapter", replace(ONE_STEP, optim="paged_adamw_8bit"))
+    assert report.optimizer == "paged_adamw_8bit"
+    assert report.compute_dtype in ("bfloat16", "float16")

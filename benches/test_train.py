@@ -1,0 +1,55 @@
+"""Training steps in bf16 and in f32 on this processor: what `qpack.training.compute` chooses by.
+
+    python -m pytest benches/test_train.py
+
+On a processor with AVX512-BF16 or AMX, one without them is imitated by
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m pytest benches/test_train.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qpack
+from qpack.training import TrainSettings
+from qpack.training.compute import Compute
+from qpack.training.model import add_lora, load_base
+
+SEQUENCES, LENGTH = 8, 64
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six of the thirty layers of SmolLM2-135M, with random weights, packed."""
+    folder = tmp_path_factory.mktemp("base")
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(dtype=torch.bfloat16).save_pretrained(folder / "source")
+    qpack.convert(folder / "source", folder / "packed")
+    return folder / "packed"
+
+
+@pytest.mark.benchmark(group=f"train, {SEQUENCES} x {LENGTH} tokens")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_forward_and_backward(dtype: torch.dtype, base: Path, benchmark: Any) -> None:
+    model = add_lora(load_base(base, Compute("cpu", dtype)), TrainSettings())
+    ids = torch.randint(0, 49152, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        model.zero_grad()
+
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
