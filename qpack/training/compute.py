@@ -9,15 +9,8 @@ CPU with AVX512-BF16 or AMX               bfloat16
 any other CPU                             float32   it would emulate bfloat16
 ========================================  ========  ====================================================
 
-Measured on an AMD EPYC with AVX512-BF16 and no AMX: six layers of SmolLM2-135M's shape (hidden 576, MLP 1536,
-vocabulary 49,152) in NF4, LoRA r=16 on all linear layers, batches of 8 x 64 tokens. In tokens a second of one core:
-
-=====================================================================  ========  =======
-instructions                                                           bfloat16  float32
-=====================================================================  ========  =======
-AVX512-BF16                                                                 325      217
-AVX2 (``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``)                  8      213
-=====================================================================  ========  =======
+Without bf16 instructions a bf16 product is emulated and a training step takes thirty times as long as in float32; with
+AVX512-BF16 it takes three quarters (docs/benchmarks.md, `benches/test_train.py`).
 """
 
 from dataclasses import dataclass
