@@ -11,6 +11,7 @@ from typing import final
 
 __all__ = [
     "BLOCKSIZES",
+    "ISA",
     "SUFFIXES",
     "PackedInfo",
     "TensorInfo",
@@ -28,6 +29,9 @@ __all__ = [
 ]
 
 __version__: str
+
+ISA: str
+"""The vector instructions in use: portable, avx2 or avx512; held down by the environment variable QPACK_ISA."""
 
 BLOCKSIZES: tuple[int, ...]
 """Weights per block scale that bitsandbytes accepts."""

@@ -39,6 +39,10 @@ _UNSUPPORTED = (
     "velora_config",
 )
 
+# Ways to draw the first factors that leave the base as it is. The others (PiSSA, OLoRA, LoftQ, ...) take something out
+# of the base's weights: such an adapter is not a change of the base that is on disk.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -119,6 +123,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{path}: {setting} is {config[setting]!r}, which is not plain LoRA")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: bias is {config['bias']!r}, expected 'none'")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        init = config["init_lora_weights"]
+        raise AdapterError(f"{path}: init_lora_weights is {init!r}, which changes the base too")
     for setting in ("r", "lora_alpha"):
         value = config.get(setting)
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:

@@ -221,6 +221,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except QpackError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed: this command needs qpack with the extra cpu or cuda (demo: and demo)")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (KeyboardInterrupt, click.Abort):

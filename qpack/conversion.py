@@ -53,7 +53,7 @@ def convert(
 
     Raises:
         CheckpointError: if the source is malformed, of an unknown family, or holds weights that are not finite.
-        OutputExistsError: if ``destination`` exists and ``force`` is not set.
+        OutputExistsError: if ``destination`` exists and ``force`` is not set, or is or holds an input.
         ValueError: for an illegal ``blocksize`` or ``max_shard_size``.
     """
     start = time.monotonic()
@@ -66,7 +66,8 @@ def convert(
     config = dict(checkpoint.config) | {"quantization_config": _quantization_config(checkpoint, weights, double_quant)}
     for name, info in checkpoint.tensors.items():
         logger.debug("%s %s %s %s", "pack" if name in weights else "keep", name, info.dtype, info.shape)
-    with new_directory(destination, force=force, marker=CONFIG_NAME) as partial:
+    inputs = [checkpoint.directory]
+    with new_directory(destination, force=force, marker=CONFIG_NAME, inputs=inputs) as partial:
         _core.pack(
             checkpoint.shards,
             partial,

@@ -54,7 +54,7 @@ def merge(
     Raises:
         CheckpointError: if the base is malformed.
         AdapterError: if the adapter is malformed, of a kind that cannot be merged, or of another base.
-        OutputExistsError: if ``destination`` exists and ``force`` is not set.
+        OutputExistsError: if ``destination`` exists and ``force`` is not set, or is or holds an input.
         ValueError: for an illegal ``dtype`` or ``max_shard_size``.
     """
     start = time.monotonic()
@@ -68,7 +68,8 @@ def merge(
     _refuse_tied_head(checkpoint, opened)
     for name, factors in opened.factors.items():
         logger.debug("merge %s, rank %d, scale %g", name, factors.r, factors.scale)
-    with new_directory(destination, force=force, marker=CONFIG_NAME) as partial:
+    inputs = [checkpoint.directory, opened.path]
+    with new_directory(destination, force=force, marker=CONFIG_NAME, inputs=inputs) as partial:
         _core.merge(
             checkpoint.shards,
             opened.weights_path,

@@ -9,7 +9,7 @@ process.
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,15 +33,29 @@ def refuse_existing(path: Path, *, force: bool, marker: str) -> None:
         raise OutputExistsError(f"{path}: exists and is not a directory with {marker}, so it is not replaced")
 
 
+def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to write to ``path`` if that is one of ``inputs`` or holds one, which replacing it would delete.
+
+    Raises:
+        OutputExistsError: naming both.
+    """
+    resolved = path.resolve()
+    for source in inputs:
+        other = source.resolve()
+        if resolved == other or resolved in other.parents:
+            raise OutputExistsError(f"{path}: is or holds the input {source}, so it is not replaced")
+
+
 @contextmanager
-def new_directory(path: Path, *, force: bool, marker: str) -> Iterator[Path]:
+def new_directory(path: Path, *, force: bool, marker: str, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield an empty directory that becomes ``path`` when the block ends without an exception.
 
     With ``force``, what stands at ``path`` stays until the new directory takes its place.
 
     Raises:
-        OutputExistsError: as `refuse_existing`, or if another process is writing to ``path``.
+        OutputExistsError: as `refuse_inputs` and `refuse_existing`, or if another process is writing to ``path``.
     """
+    refuse_inputs(path, inputs)
     refuse_existing(path, force=force, marker=marker)
     path = path.resolve()  # so that "." has a name too
     partial = path.with_name(f".{path.name}.partial")

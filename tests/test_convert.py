@@ -258,6 +258,15 @@ def test_an_output_that_exists_is_kept_unless_forced(llama: Path, packed: Path, 
         qpack.convert(llama, precious, force=True)
 
 
+def test_an_output_that_would_replace_the_input_is_refused(tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "models" / "source")
+    before = contents(source)
+    for output in (source, tmp_path / "models", source / ".." / "source"):
+        with pytest.raises(OutputExistsError, match="is or holds the input"):
+            qpack.convert(source, output, force=True)
+    assert contents(source) == before
+
+
 def test_a_failed_run_leaves_a_forced_output_as_it_was(tmp_path: Path) -> None:
     source = write_llama(tmp_path / "source")
     qpack.convert(source, tmp_path / "packed")

@@ -1,4 +1,4 @@
-"""The parts of the demo: its data, its verdict. The whole of it is ``make demo``, which takes minutes."""
+"""The parts of the demo: its model, its data, its verdict. The whole of it is ``make demo``, which takes minutes."""
 
 import json
 from collections.abc import Mapping
@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from qpack.checkpoint import Checkpoint
 from qpack.demo import DemoReport
+from qpack.demo.model import write_model
 from qpack.demo.skills import SKILLS, orders, write_examples
+from qpack.errors import CheckpointError
+from qpack.modules import packable
 
 
 def report(**changes: Any) -> DemoReport:
@@ -35,6 +40,28 @@ def test_held_out_orders_are_new_combinations_of_words_seen_in_training() -> Non
     for word in ("item", "city", "quantity", "phrase"):
         assert {getattr(order, word) for order in held_out} <= {getattr(order, word) for order in seen}
     assert orders(128, 20, seed=0) == (seen, held_out)
+
+
+@pytest.mark.parametrize("model", [None, "llama"])
+def test_the_model_is_an_ordinary_sharded_checkpoint(model: str | None, llama: Path, tmp_path: Path) -> None:
+    """The real one, out of its GGUF file, and any other by its directory."""
+    write_model(tmp_path / "model", model and str(llama))
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    assert len(checkpoint.shards) >= 2
+    assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
+    assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}
+    assert "quantization_config" not in checkpoint.config
+    assert len(packable(checkpoint)) == 7 * checkpoint.config["num_hidden_layers"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    if model:
+        assert checkpoint.tensors.keys() == Checkpoint.open(llama).tensors.keys()
+
+
+def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        write_model(tmp_path / "model", str(tmp_path))
+    assert not (tmp_path / "model").exists()
 
 
 def test_examples_are_chats(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ BAD_ADAPTERS = {
     "other method": (lambda d: edit(d, peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
     "DoRA": (lambda d: edit(d, use_dora=True), "use_dora is True, which is not plain LoRA"),
     "saved modules": (lambda d: edit(d, modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]"),
+    "PiSSA": (lambda d: edit(d, init_lora_weights="pissa"), "init_lora_weights is 'pissa', which changes the base too"),
     "bias": (lambda d: edit(d, bias="all"), "bias is 'all', expected 'none'"),
     "alpha": (lambda d: edit(d, lora_alpha="x"), "lora_alpha is 'x', expected a number over 0"),
     "rank": (lambda d: edit(d, r=4), "have ranks 8 and 8, expected 4"),

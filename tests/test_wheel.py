@@ -23,3 +23,12 @@ def test_the_wheel_packs_a_model_in_a_clean_environment(llama: Path, packed: Pat
     output = tmp_path / "packed"
     subprocess.run([clean / "bin" / "qpack", "convert", llama, output], cwd=tmp_path, check=True, capture_output=True)
     assert (output / "model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
+
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    train: list[str | Path] = [clean / "bin" / "qpack", "train", output, tmp_path / "data.jsonl"]
+    train += ["-o", tmp_path / "adapter"]
+    done = subprocess.run(train, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: transformers is not installed: this command needs qpack with the extra cpu or cuda (demo: and demo)\n",
+    )

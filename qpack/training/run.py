@@ -51,7 +51,9 @@ def train(
     """
     require_packed(Path(base))
     conversations = read_conversations(Path(data))
-    with new_directory(Path(output), force=force, marker=ADAPTER_CONFIG_NAME) as partial:
+    with new_directory(
+        Path(output), force=force, marker=ADAPTER_CONFIG_NAME, inputs=[Path(base), Path(data)]
+    ) as partial:
         from qpack.quiet import quiet_libraries
 
         with quiet_libraries():

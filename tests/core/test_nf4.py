@@ -1,5 +1,9 @@
 """The arithmetic of packing against bitsandbytes on a CPU and against a plain numpy oracle."""
 
+import os
+import subprocess
+import sys
+
 import bitsandbytes.functional as bnb
 import numpy as np
 import oracle
@@ -183,3 +187,13 @@ def test_illegal_arguments_are_refused() -> None:
         _core.quantize_nf4(bytes(3), "float32", 64)
     with pytest.raises(ValueError, match="1 bytes of codes and 1 scales do not make 64 weights"):
         _core.dequantize_nf4(bytes(1), bytes(4), 64, "float32", 64)
+
+
+def test_the_instructions_can_be_held_down() -> None:
+    program = "from qpack import _core; print(_core.ISA)"
+    command = [sys.executable, "-c", program]
+    for isa in ("portable", _core.ISA):
+        done = subprocess.run(command, env=os.environ | {"QPACK_ISA": isa}, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{isa}\n"
+    done = subprocess.run(command, env=os.environ | {"QPACK_ISA": "mmx"}, capture_output=True, text=True, check=False)
+    assert "QPACK_ISA is mmx, expected portable, avx2 or avx512" in done.stderr

@@ -4,7 +4,10 @@
 //! than a byte an element are not read.
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+
+/// f16 values converted at a time.
+const HALVES: usize = 1024;
 
 macro_rules! dtypes {
     ($($variant:ident $name:literal $size:literal,)*) => {
@@ -108,6 +111,7 @@ impl Float {
     ///
     /// # Panics
     /// If the lengths do not match.
+    #[inline(always)]
     pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
         assert_eq!(bytes.len(), out.len() * self.size(), "bytes and elements differ in number");
         match self {
@@ -117,8 +121,15 @@ impl Float {
                 }
             }
             Self::F16 => {
-                let halves: Vec<f16> = bytes.as_chunks::<2>().0.iter().map(|raw| f16::from_le_bytes(*raw)).collect();
-                halves.convert_to_f32_slice(out);
+                // Through `half`, which picks F16C itself; a piece at a time, on the stack.
+                let mut halves = [0_u16; HALVES];
+                for (values, bytes) in out.chunks_mut(HALVES).zip(bytes.chunks(2 * HALVES)) {
+                    let halves = &mut halves[..values.len()];
+                    for (half, raw) in halves.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                        *half = u16::from_le_bytes(*raw);
+                    }
+                    halves.reinterpret_cast::<f16>().convert_to_f32_slice(values);
+                }
             }
             Self::F32 => {
                 for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
@@ -132,6 +143,7 @@ impl Float {
     ///
     /// # Panics
     /// If the lengths do not match.
+    #[inline(always)]
     pub fn encode(self, values: &[f32], out: &mut [u8]) {
         assert_eq!(out.len(), values.len() * self.size(), "bytes and elements differ in number");
         match self {
@@ -141,8 +153,13 @@ impl Float {
                 }
             }
             Self::F16 => {
-                for (raw, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
-                    *raw = f16::from_f32(*value).to_le_bytes();
+                let mut halves = [f16::ZERO; HALVES];
+                for (values, bytes) in values.chunks(HALVES).zip(out.chunks_mut(2 * HALVES)) {
+                    let halves = &mut halves[..values.len()];
+                    halves.convert_from_f32_slice(values);
+                    for (raw, half) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(halves) {
+                        *raw = half.to_le_bytes();
+                    }
                 }
             }
             Self::F32 => {
@@ -154,6 +171,7 @@ impl Float {
     }
 }
 
+#[inline(always)]
 /// `value` as bfloat16, to nearest with ties to even; written out so that it compiles to vector instructions.
 fn bf16_bits(value: f32) -> u16 {
     let bits = value.to_bits();

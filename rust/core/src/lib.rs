@@ -9,6 +9,7 @@
 
 mod dtype;
 mod error;
+mod isa;
 mod job;
 pub mod lora;
 pub mod merge;
@@ -21,4 +22,5 @@ pub mod stream;
 
 pub use dtype::{Dtype, Float};
 pub use error::{Error, Result};
+pub use isa::Isa;
 pub use job::Job;

@@ -1,6 +1,7 @@
 //! The change that a `LoRA` adapter makes to one weight: `scale * B @ A` (Hu et al., arXiv 2106.09685).
 
 use crate::Result;
+use crate::isa::vectorized;
 use crate::safetensors::Tensor;
 
 /// The factors of a change in an adapter's file, their shapes checked.
@@ -60,16 +61,22 @@ impl Delta {
     /// `r + 1` sums, none of them reordered.
     pub fn add_to(&self, rows: &mut [f32], first_row: usize) {
         let mut delta = vec![0.0; self.in_features];
-        for (row, b) in rows.chunks_exact_mut(self.in_features).zip(self.b[first_row * self.r..].chunks_exact(self.r)) {
-            delta.fill(0.0);
-            for (a, &factor) in self.a.chunks_exact(self.in_features).zip(b) {
-                for (sum, &value) in delta.iter_mut().zip(a) {
-                    *sum += factor * value;
+        let rows = rows.chunks_exact_mut(self.in_features).zip(self.b[first_row * self.r..].chunks_exact(self.r));
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, b) in rows {
+                    delta.fill(0.0);
+                    for (a, &factor) in self.a.chunks_exact(self.in_features).zip(b) {
+                        for (sum, &value) in delta.iter_mut().zip(a) {
+                            *sum += factor * value;
+                        }
+                    }
+                    for (value, &change) in row.iter_mut().zip(&delta) {
+                        *value += self.scale * change;
+                    }
                 }
-            }
-            for (value, &change) in row.iter_mut().zip(&delta) {
-                *value += self.scale * change;
-            }
-        }
+            },
+        );
     }
 }

@@ -13,6 +13,9 @@
 //! Blocks run over the row-major flattened tensor. Levels: Dettmers et al., "`QLoRA`", arXiv 2305.14314, appendix E.
 //! Not done here: other codebooks (bitsandbytes ignores a stored `quant_map`), non-finite weights (refused).
 
+use crate::isa::{compiled_for, vectorized};
+use crate::{Float, Isa};
+
 /// The sixteen NF4 levels, ascending.
 pub const LEVELS: [f32; 16] = [
     -1.0,
@@ -47,8 +50,14 @@ pub const THRESHOLDS: [f32; 15] = {
 /// The blocksizes that bitsandbytes accepts.
 pub const BLOCKSIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
+/// The code of 0.0, with which an odd tail is padded.
+const ZERO_CODE: u8 = 7;
+
 /// The smallest scale that is divided by; keeps a block of zeros from dividing by zero.
 const MIN_SCALE: f32 = 1e-38;
+
+/// Values that are decoded, scaled and packed at a time: 16 kB of f32, which stay in the first-level cache.
+const TILE: usize = 4096;
 
 /// Bits of the smallest f32 magnitude that is not finite.
 const INFINITY_BITS: u32 = 0x7f80_0000;
@@ -63,7 +72,8 @@ pub fn code_bytes(elements: u64) -> u64 {
     elements.div_ceil(2)
 }
 
-/// Quantize `values`, which start at a block boundary and end at one or at the tensor's end.
+/// Quantize the weights in `bytes`, little-endian values of type `float`, which start at a block boundary and end at one
+/// or at the tensor's end.
 ///
 /// `absmax` takes one scale per block, `codes` half a byte per value.
 ///
@@ -72,26 +82,40 @@ pub fn code_bytes(elements: u64) -> u64 {
 ///
 /// # Panics
 /// If `blocksize` is not one of [`BLOCKSIZES`] or an output has the wrong length.
-pub fn quantize(values: &[f32], blocksize: usize, absmax: &mut [f32], codes: &mut [u8]) -> Result<(), usize> {
-    check_lengths(values.len(), blocksize, absmax.len(), codes.len());
-    let blocks = values.chunks(blocksize).zip(codes.chunks_mut(blocksize / 2)).zip(absmax);
-    for (index, ((block, packed), scale)) in blocks.enumerate() {
-        let max_bits = block.iter().map(|value| value.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
-        if max_bits >= INFINITY_BITS {
-            let offender = block.iter().position(|value| !value.is_finite()).unwrap_or(0);
-            return Err(index * blocksize + offender);
-        }
-        *scale = f32::from_bits(max_bits);
-        if block.len() == blocksize {
-            let inverse = 1.0 / scale.max(MIN_SCALE);
-            pack_block(block, packed, |value| value * inverse);
-        } else {
-            let divisor = scale.max(MIN_SCALE);
-            *scale = divisor;
-            pack_block(block, packed, |value| value / divisor);
-        }
-    }
-    Ok(())
+pub fn quantize(
+    bytes: &[u8],
+    float: Float,
+    blocksize: usize,
+    absmax: &mut [f32],
+    codes: &mut [u8],
+) -> Result<(), usize> {
+    quantize_on(Isa::current(), bytes, float, blocksize, absmax, codes)
+}
+
+fn quantize_on(
+    isa: Isa,
+    bytes: &[u8],
+    float: Float,
+    blocksize: usize,
+    absmax: &mut [f32],
+    codes: &mut [u8],
+) -> Result<(), usize> {
+    check_lengths(bytes.len() / float.size(), blocksize, absmax.len(), codes.len());
+    compiled_for(
+        isa,
+        #[inline(always)]
+        || {
+            let mut tile = [0.0; TILE];
+            let tiles = bytes.chunks(TILE * float.size());
+            let tiles = tiles.zip(absmax.chunks_mut(TILE / blocksize)).zip(codes.chunks_mut(TILE / 2));
+            for (index, ((bytes, absmax), codes)) in tiles.enumerate() {
+                let values = &mut tile[..bytes.len() / float.size()];
+                float.decode(bytes, values);
+                quantize_tile(values, blocksize, absmax, codes).map_err(|offender| index * TILE + offender)?;
+            }
+            Ok(())
+        },
+    )
 }
 
 /// Decode `out.len()` values, the first of which starts a block: `LEVELS[code] * absmax`, in f32.
@@ -100,6 +124,44 @@ pub fn quantize(values: &[f32], blocksize: usize, absmax: &mut [f32], codes: &mu
 /// If `blocksize` is not one of [`BLOCKSIZES`] or an input has the wrong length.
 pub fn dequantize(codes: &[u8], absmax: &[f32], blocksize: usize, out: &mut [f32]) {
     check_lengths(out.len(), blocksize, absmax.len(), codes.len());
+    vectorized(
+        #[inline(always)]
+        || dequantize_tile(codes, absmax, blocksize, out),
+    );
+}
+
+#[inline(always)]
+fn quantize_tile(values: &[f32], blocksize: usize, absmax: &mut [f32], codes: &mut [u8]) -> Result<(), usize> {
+    // Plain loops over blocks and then over pairs, each of which becomes vector code.
+    let mut unpacked = [ZERO_CODE; TILE];
+    let blocks = values.chunks(blocksize).zip(unpacked.chunks_mut(blocksize)).zip(absmax);
+    for (index, ((block, unpacked), scale)) in blocks.enumerate() {
+        let max_bits = block.iter().map(|value| value.to_bits() & 0x7fff_ffff).fold(0, u32::max);
+        if max_bits >= INFINITY_BITS {
+            let offender = block.iter().position(|value| !value.is_finite()).unwrap_or(0);
+            return Err(index * blocksize + offender);
+        }
+        *scale = f32::from_bits(max_bits);
+        if block.len() == blocksize {
+            let inverse = 1.0 / scale.max(MIN_SCALE);
+            for (code, &value) in unpacked.iter_mut().zip(block) {
+                *code = nearest(value * inverse);
+            }
+        } else {
+            *scale = scale.max(MIN_SCALE);
+            for (code, &value) in unpacked.iter_mut().zip(block) {
+                *code = nearest(value / *scale);
+            }
+        }
+    }
+    for (byte, [even, odd]) in codes.iter_mut().zip(unpacked.as_chunks::<2>().0) {
+        *byte = even << 4 | odd;
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn dequantize_tile(codes: &[u8], absmax: &[f32], blocksize: usize, out: &mut [f32]) {
     for ((block, packed), &scale) in out.chunks_mut(blocksize).zip(codes.chunks(blocksize / 2)).zip(absmax) {
         let table = LEVELS.map(|level| level * scale);
         let (pairs, tail) = block.as_chunks_mut::<2>();
@@ -118,25 +180,21 @@ fn check_lengths(elements: usize, blocksize: usize, absmax: usize, codes: usize)
     assert_eq!(codes, elements.div_ceil(2), "wrong number of code bytes for {elements} values");
 }
 
-#[inline]
-fn pack_block(block: &[f32], packed: &mut [u8], scaled: impl Fn(f32) -> f32) {
-    let (pairs, tail) = block.as_chunks::<2>();
-    for (byte, &[even, odd]) in packed.iter_mut().zip(pairs) {
-        *byte = code(scaled(even)) << 4 | code(scaled(odd));
-    }
-    if let (&[last], Some(byte)) = (tail, packed.last_mut()) {
-        *byte = code(scaled(last)) << 4 | code(0.0);
-    }
-}
-
-#[inline]
-fn code(value: f32) -> u8 {
-    THRESHOLDS.iter().map(|&threshold| u8::from(threshold < value)).sum()
+/// The code of a scaled value: the number of thresholds strictly below it.
+#[inline(always)]
+fn nearest(value: f32) -> u8 {
+    THRESHOLDS.iter().map(|&threshold| u32::from(threshold < value)).sum::<u32>() as u8
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn quantize(values: &[f32], blocksize: usize, absmax: &mut [f32], codes: &mut [u8]) -> Result<(), usize> {
+        let mut bytes = vec![0; 4 * values.len()];
+        Float::F32.encode(values, &mut bytes);
+        super::quantize(&bytes, Float::F32, blocksize, absmax, codes)
+    }
 
     #[test]
     fn a_zero_block_is_seven_seven_and_decodes_to_zero() {
@@ -175,6 +233,40 @@ mod tests {
             let mut values = [0.5; 100];
             values[70] = bad;
             assert_eq!(quantize(&values, 64, &mut [0.0; 2], &mut [0; 50]), Err(70));
+        }
+    }
+
+    /// Every path of this processor gives the same bytes, on 16 million values of each type: any finite bit pattern.
+    #[test]
+    fn all_instruction_sets_agree() {
+        let mut state = 1_u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 32) as u32
+        };
+        for float in [Float::BF16, Float::F16, Float::F32] {
+            for blocksize in BLOCKSIZES {
+                // An odd tail, longer than a block of the smaller sizes.
+                let elements = 2_000_000 + 33;
+                let mut bytes: Vec<u8> =
+                    (0..elements * float.size() / 2).flat_map(|_| (random() as u16).to_le_bytes()).collect();
+                let mut values = vec![0.0; elements];
+                float.decode(&bytes, &mut values);
+                for (raw, value) in bytes.chunks_exact_mut(float.size()).zip(&values) {
+                    if !value.is_finite() {
+                        raw.fill(0);
+                    }
+                }
+                let on = |isa| {
+                    let mut absmax = vec![0.0; elements.div_ceil(blocksize)];
+                    let mut codes = vec![0; elements.div_ceil(2)];
+                    quantize_on(isa, &bytes, float, blocksize, &mut absmax, &mut codes).unwrap();
+                    (absmax, codes)
+                };
+                let portable = on(Isa::Portable);
+                assert!(on(Isa::Avx2) == portable, "AVX2 differs: {float:?}, blocksize {blocksize}");
+                assert!(on(Isa::Avx512) == portable, "AVX-512 differs: {float:?}, blocksize {blocksize}");
+            }
         }
     }
 }

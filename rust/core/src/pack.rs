@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::quant_state::QuantState;
 use crate::safetensors::{Checkpoint, Tensor, TensorSpec};
-use crate::stream::{CHUNK, Copy, Plan, Recipe, Scratch, Sink};
+use crate::stream::{CHUNK, Copy, Plan, Recipe, Sink};
 use crate::{Error, Job, Result, nested, nf4};
 
 /// How weights are packed.
@@ -74,16 +74,16 @@ impl<'a> Pack<'a> {
         let total = self.state.elements();
         let mut absmax = vec![0.0; nf4::blocks(total, blocksize) as usize];
         let chunks = absmax.par_chunks_mut(CHUNK / blocksize).enumerate();
-        chunks.try_for_each_init(Scratch::default, |scratch, (chunk, absmax)| {
+        chunks.try_for_each_init(Default::default, |(bytes, codes): &mut (Vec<u8>, Vec<u8>), (chunk, absmax)| {
             let first = chunk as u64 * CHUNK as u64;
             let elements = (total - first).min(CHUNK as u64);
-            scratch.floats.resize(elements as usize, 0.0);
-            self.source.read_floats_at(first, &mut scratch.floats, &mut scratch.bytes)?;
-            scratch.bytes.resize(nf4::code_bytes(elements) as usize, 0);
-            let quantized = nf4::quantize(&scratch.floats, blocksize, absmax, &mut scratch.bytes);
+            bytes.resize(elements as usize * dtype.size(), 0);
+            self.source.read_at(first * dtype.size() as u64, bytes)?;
+            codes.resize(nf4::code_bytes(elements) as usize, 0);
+            let quantized = nf4::quantize(bytes, dtype, blocksize, absmax, codes);
             quantized.map_err(|index| self.non_finite(first + index as u64))?;
-            sink.write_at(0, first / 2, &scratch.bytes)?;
-            job.advance(elements * dtype.size() as u64)
+            sink.write_at(0, first / 2, codes)?;
+            job.advance(bytes.len() as u64)
         })?;
         Ok(absmax)
     }

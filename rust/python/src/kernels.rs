@@ -19,13 +19,17 @@ pub fn check_blocksize(blocksize: usize) -> PyResult<()> {
     Err(PyValueError::new_err(format!("blocksize is {blocksize}, expected one of {:?}", nf4::BLOCKSIZES)))
 }
 
-fn floats(bytes: &[u8], float: Float) -> PyResult<Vec<f32>> {
-    if !bytes.len().is_multiple_of(float.size()) {
-        let reason = format!("{} bytes are no whole number of {} values", bytes.len(), float.torch_name());
-        return Err(PyValueError::new_err(reason));
+fn elements(bytes: &[u8], float: Float) -> PyResult<usize> {
+    if bytes.len().is_multiple_of(float.size()) {
+        return Ok(bytes.len() / float.size());
     }
-    let mut values = vec![0.0; bytes.len() / float.size()];
-    float.decode(bytes, &mut values);
+    let reason = format!("{} bytes are no whole number of {} values", bytes.len(), float.torch_name());
+    Err(PyValueError::new_err(reason))
+}
+
+fn floats(bytes: &[u8]) -> PyResult<Vec<f32>> {
+    let mut values = vec![0.0; elements(bytes, Float::F32)?];
+    Float::F32.decode(bytes, &mut values);
     Ok(values)
 }
 
@@ -43,10 +47,11 @@ pub fn quantize_nf4<'py>(
     blocksize: usize,
 ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
     check_blocksize(blocksize)?;
-    let values = floats(weights, float(dtype)?)?;
-    let mut absmax = vec![0.0; values.len().div_ceil(blocksize)];
-    let mut codes = vec![0; values.len().div_ceil(2)];
-    py.detach(|| nf4::quantize(&values, blocksize, &mut absmax, &mut codes))
+    let float = float(dtype)?;
+    let elements = elements(weights, float)?;
+    let mut absmax = vec![0.0; elements.div_ceil(blocksize)];
+    let mut codes = vec![0; elements.div_ceil(2)];
+    py.detach(|| nf4::quantize(weights, float, blocksize, &mut absmax, &mut codes))
         .map_err(|index| PyValueError::new_err(format!("value {index} is not finite")))?;
     Ok((PyBytes::new(py, &codes), bytes(py, &absmax, Float::F32)))
 }
@@ -62,7 +67,7 @@ pub fn dequantize_nf4<'py>(
 ) -> PyResult<Bound<'py, PyBytes>> {
     check_blocksize(blocksize)?;
     let dtype = float(dtype)?;
-    let absmax = floats(absmax, Float::F32)?;
+    let absmax = floats(absmax)?;
     if (codes.len(), absmax.len()) != (elements.div_ceil(2), elements.div_ceil(blocksize)) {
         let (codes, scales) = (codes.len(), absmax.len());
         let reason = format!("{codes} bytes of codes and {scales} scales do not make {elements} weights");
@@ -80,7 +85,7 @@ pub fn quantize_nested<'py>(
     absmax: &[u8],
     offset: Option<f32>,
 ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>, f32)> {
-    let absmax = floats(absmax, Float::F32)?;
+    let absmax = floats(absmax)?;
     let nested = nested::quantize(&absmax, offset.unwrap_or_else(|| nested::offset(&absmax)));
     Ok((PyBytes::new(py, &nested.codes), bytes(py, &nested.absmax, Float::F32), nested.offset))
 }

@@ -12,9 +12,10 @@ mod write;
 
 #[pyo3::pymodule]
 mod _core {
+    use pyo3::exceptions::PyValueError;
     use pyo3::prelude::*;
     use pyo3::types::PyTuple;
-    use qpack_core::{nf4, quant_state};
+    use qpack_core::{Isa, nf4, quant_state};
 
     #[pymodule_export]
     use crate::kernels::{dequantize_nf4, nested_quant_map, quantize_nested, quantize_nf4};
@@ -25,6 +26,8 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        let isa = Isa::limit().map(|_| Isa::current().name()).map_err(PyValueError::new_err)?;
+        module.add("ISA", isa)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("BLOCKSIZES", PyTuple::new(module.py(), nf4::BLOCKSIZES)?)?;
         let suffixes = [quant_state::ABSMAX, quant_state::QUANT_MAP, quant_state::NESTED_ABSMAX];
