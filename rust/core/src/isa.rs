@@ -33,7 +33,22 @@ impl Isa {
     /// What is used: the best that the processor has and `QPACK_ISA` allows. Looked up once.
     pub fn current() -> Self {
         static CURRENT: OnceLock<Isa> = OnceLock::new();
-        *CURRENT.get_or_init(|| detect().min(Self::limit().unwrap_or(Self::Avx512)))
+        *CURRENT.get_or_init(|| Self::detect().min(Self::limit().unwrap_or(Self::Avx512)))
+    }
+
+    /// The best that the processor has.
+    pub(crate) fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if is_x86_feature_detected!("avx2") {
+                return if avx512 { Self::Avx512 } else { Self::Avx2 };
+            }
+        }
+        Self::Portable
     }
 
     /// The most that `QPACK_ISA` allows.
@@ -48,24 +63,6 @@ impl Isa {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-fn detect() -> Isa {
-    let avx512 = is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl");
-    match (avx512, is_x86_feature_detected!("avx2")) {
-        (true, true) => Isa::Avx512,
-        (false, true) => Isa::Avx2,
-        _ => Isa::Portable,
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn detect() -> Isa {
-    Isa::Portable
-}
-
 /// Run `work` compiled for [`Isa::current`]. What it calls must be `#[inline(always)]` to be compiled with it.
 #[inline(always)]
 pub(crate) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
@@ -76,7 +73,7 @@ pub(crate) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
 #[inline(always)]
 #[cfg_attr(target_arch = "x86_64", allow(unsafe_code, reason = "calls with the features that detect() has found"))]
 pub(crate) fn compiled_for<R>(isa: Isa, work: impl FnOnce() -> R) -> R {
-    match isa.min(detect()) {
+    match isa.min(Isa::detect()) {
         // SAFETY: the processor has these features, as detect() has found.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => unsafe { with_avx512(work) },

@@ -73,9 +73,10 @@ pub fn dequantize_nf4<'py>(
         let reason = format!("{codes} bytes of codes and {scales} scales do not make {elements} weights");
         return Err(PyValueError::new_err(reason));
     }
-    let mut values = vec![0.0; elements];
-    py.detach(|| nf4::dequantize(codes, &absmax, blocksize, &mut values));
-    Ok(bytes(py, &values, dtype))
+    PyBytes::new_with(py, elements * dtype.size(), |bytes| {
+        py.detach(|| nf4::dequantize_to(dtype, codes, &absmax, blocksize, bytes));
+        Ok(())
+    })
 }
 
 #[pyfunction]

@@ -13,6 +13,9 @@
 //! Blocks run over the row-major flattened tensor. Levels: Dettmers et al., "`QLoRA`", arXiv 2305.14314, appendix E.
 //! Not done here: other codebooks (bitsandbytes ignores a stored `quant_map`), non-finite weights (refused).
 
+#[cfg(target_arch = "x86_64")]
+mod permute;
+
 use crate::isa::{compiled_for, vectorized};
 use crate::{Float, Isa};
 
@@ -123,11 +126,40 @@ fn quantize_on(
 /// # Panics
 /// If `blocksize` is not one of [`BLOCKSIZES`] or an input has the wrong length.
 pub fn dequantize(codes: &[u8], absmax: &[f32], blocksize: usize, out: &mut [f32]) {
+    dequantize_on(Isa::current(), codes, absmax, blocksize, out);
+}
+
+#[cfg_attr(target_arch = "x86_64", allow(unsafe_code, reason = "calls with the features that detect() has found"))]
+fn dequantize_on(isa: Isa, codes: &[u8], absmax: &[f32], blocksize: usize, out: &mut [f32]) {
     check_lengths(out.len(), blocksize, absmax.len(), codes.len());
-    vectorized(
-        #[inline(always)]
-        || dequantize_tile(codes, absmax, blocksize, out),
-    );
+    match isa.min(Isa::detect()) {
+        // SAFETY: the processor has these features, as detect() has found.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { permute::dequantize_avx512(codes, absmax, blocksize, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { permute::dequantize_avx2(codes, absmax, blocksize, out) },
+        _ => dequantize_blocks(codes, absmax, blocksize, out, lookup),
+    }
+}
+
+/// Decode the weights of `codes` as [`dequantize`] does and write them to `bytes` as little-endian values of type
+/// `float`, rounded once.
+///
+/// # Panics
+/// As [`dequantize`].
+pub fn dequantize_to(float: Float, codes: &[u8], absmax: &[f32], blocksize: usize, bytes: &mut [u8]) {
+    check_lengths(bytes.len() / float.size(), blocksize, absmax.len(), codes.len());
+    let mut tile = [0.0; TILE];
+    let tiles = bytes.chunks_mut(TILE * float.size());
+    for ((bytes, codes), absmax) in tiles.zip(codes.chunks(TILE / 2)).zip(absmax.chunks(TILE / blocksize)) {
+        let values = &mut tile[..bytes.len() / float.size()];
+        dequantize(codes, absmax, blocksize, values);
+        vectorized(
+            #[inline(always)]
+            || float.encode(values, bytes),
+        );
+    }
 }
 
 #[inline(always)]
@@ -160,17 +192,28 @@ fn quantize_tile(values: &[f32], blocksize: usize, absmax: &mut [f32], codes: &m
     Ok(())
 }
 
+/// Look the codes of every block up in its table of scaled levels, by `lookup(table, codes, values)`.
 #[inline(always)]
-fn dequantize_tile(codes: &[u8], absmax: &[f32], blocksize: usize, out: &mut [f32]) {
+fn dequantize_blocks(
+    codes: &[u8],
+    absmax: &[f32],
+    blocksize: usize,
+    out: &mut [f32],
+    lookup: impl Fn(&[f32; 16], &[u8], &mut [f32]),
+) {
     for ((block, packed), &scale) in out.chunks_mut(blocksize).zip(codes.chunks(blocksize / 2)).zip(absmax) {
-        let table = LEVELS.map(|level| level * scale);
-        let (pairs, tail) = block.as_chunks_mut::<2>();
-        for (pair, &byte) in pairs.iter_mut().zip(packed) {
-            *pair = [table[usize::from(byte >> 4)], table[usize::from(byte & 15)]];
-        }
-        if let ([last], Some(&byte)) = (tail, packed.last()) {
-            *last = table[usize::from(byte >> 4)];
-        }
+        lookup(&LEVELS.map(|level| level * scale), packed, block);
+    }
+}
+
+#[inline(always)]
+fn lookup(table: &[f32; 16], codes: &[u8], values: &mut [f32]) {
+    let (pairs, tail) = values.as_chunks_mut::<2>();
+    for (pair, &byte) in pairs.iter_mut().zip(codes) {
+        *pair = [table[usize::from(byte >> 4)], table[usize::from(byte & 15)]];
+    }
+    if let ([last], Some(&byte)) = (tail, codes.last()) {
+        *last = table[usize::from(byte >> 4)];
     }
 }
 
@@ -266,6 +309,16 @@ mod tests {
                 let portable = on(Isa::Portable);
                 assert!(on(Isa::Avx2) == portable, "AVX2 differs: {float:?}, blocksize {blocksize}");
                 assert!(on(Isa::Avx512) == portable, "AVX-512 differs: {float:?}, blocksize {blocksize}");
+
+                let (absmax, codes) = portable;
+                let decoded = |isa| {
+                    let mut values = vec![0.0; elements];
+                    dequantize_on(isa, &codes, &absmax, blocksize, &mut values);
+                    values
+                };
+                let portable = decoded(Isa::Portable);
+                assert!(decoded(Isa::Avx2) == portable, "AVX2 decodes differently: blocksize {blocksize}");
+                assert!(decoded(Isa::Avx512) == portable, "AVX-512 decodes differently: blocksize {blocksize}");
             }
         }
     }
