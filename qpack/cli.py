@@ -16,6 +16,7 @@ import qpack
 from qpack import terminal
 from qpack._core import BLOCKSIZES
 from qpack.errors import QpackError
+from qpack.merging import DTYPES
 from qpack.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def serve(pairs: tuple[str, ...], folder: Path | None, quiet: bool, **options: A
 @click.argument("dst", type=_DIRECTORY)
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(DTYPES),
     default="bfloat16",
     show_default=True,
     help="Element type of the merged weights.",

@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpack._core import SUFFIXES
 from qpack.checkpoint import Checkpoint
 
 
@@ -87,15 +86,13 @@ def inspect(directory: Path | str) -> Inspection:
         CheckpointError: if it is not a model directory, or a file of it is malformed.
     """
     checkpoint = Checkpoint.open(directory)
-    packed = checkpoint.packed
-    parts = {name + suffix for name in packed for suffix in SUFFIXES}
     tensors = []
-    for name, info in checkpoint.tensors.items():
-        if name in packed:
-            weight = packed[name]
-            tensors.append(TensorReport(name, weight.shape, "NF4", weight.bytes, weight.blocksize, weight.double_quant))
-        elif name not in parts:
-            tensors.append(TensorReport(name, info.shape, info.dtype, info.bytes))
+    for name, shape in checkpoint.weights.items():
+        if weight := checkpoint.packed.get(name):
+            tensors.append(TensorReport(name, shape, "NF4", weight.bytes, weight.blocksize, weight.double_quant))
+        else:
+            info = checkpoint.tensors[name]
+            tensors.append(TensorReport(name, shape, info.dtype, info.bytes))
     return Inspection(
         directory=checkpoint.directory,
         model_type=str(checkpoint.config.get("model_type")),
