@@ -5,13 +5,16 @@ illegal arguments `ValueError`. Long calls release the GIL, call ``on_progress(d
 ten times a second and once at the end, and stop on Ctrl-C or on an exception from that callback.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import final
+
+from qpack.plan import Recipe
 
 __all__ = [
     "BLOCKSIZES",
     "ISA",
+    "JOURNAL_NAME",
     "SUFFIXES",
     "PackedInfo",
     "TensorInfo",
@@ -19,9 +22,11 @@ __all__ = [
     "__version__",
     "check_finite",
     "dequantize_nf4",
+    "exchange",
     "merge",
     "nested_quant_map",
     "pack",
+    "plan_pack",
     "quantize_nested",
     "quantize_nf4",
     "read_header",
@@ -35,6 +40,9 @@ ISA: str
 
 BLOCKSIZES: tuple[int, ...]
 """Weights per block scale that bitsandbytes accepts."""
+
+JOURNAL_NAME: str
+"""The file beside unfinished output that says what is finished."""
 
 SUFFIXES: tuple[str, ...]
 """What the names of the tensors beside a packed weight add to its own name."""
@@ -77,6 +85,21 @@ class Written:
     def files(self) -> list[str]: ...
     @property
     def tensor_bytes(self) -> int: ...
+    @property
+    def resumed_bytes(self) -> int:
+        """Source bytes whose outputs an interrupted run had written."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """BLAKE3 of the bytes of every stored tensor."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def source_fingerprint(self) -> str: ...
+    @property
+    def errors(self) -> dict[str, tuple[float, float, float, int]]:
+        """Of every packed weight: relative error, norm, the worst block's relative error, and that block's index."""
 
 def read_header(path: str | PathLike[str]) -> list[TensorInfo]:
     """Validate a safetensors file's header and list its tensors in the order of their bytes."""
@@ -90,15 +113,32 @@ def check_finite(path: str | PathLike[str]) -> None:
 def pack(
     shards: Sequence[str | PathLike[str]],
     directory: str | PathLike[str],
-    weights: Set[str],
+    recipes: Sequence[Recipe],
     *,
-    blocksize: int,
-    double_quant: bool,
+    mode: str,
+    quant_storage: str,
+    inputs: str,
     max_shard_bytes: int,
     threads: int,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> Written:
-    """Write the tensors of ``shards`` to ``directory``, those in ``weights`` as NF4; ``threads=0`` takes all cores."""
+    """Write to ``directory`` what ``recipes`` make of the tensors of ``shards``; ``threads=0`` takes all cores.
+
+    Goes on where an interrupted call with the same arguments ended. ``inputs`` is any text that changes when the source
+    or an option does.
+    """
+
+def plan_pack(
+    shards: Sequence[str | PathLike[str]],
+    recipes: Sequence[Recipe],
+    *,
+    quant_storage: str,
+    max_shard_bytes: int,
+) -> list[tuple[str, int]]:
+    """The files that `pack` would write, in order, each with its size in bytes."""
+
+def exchange(one: str | PathLike[str], other: str | PathLike[str]) -> None:
+    """Let two directories change names, at once. `OSError` where the file system cannot do it."""
 
 def merge(
     shards: Sequence[str | PathLike[str]],
@@ -107,6 +147,7 @@ def merge(
     deltas: Mapping[str, tuple[str, str, float]],
     *,
     dtype: str,
+    inputs: str,
     max_shard_bytes: int,
     threads: int,
     on_progress: Callable[[int, int], object] | None = None,

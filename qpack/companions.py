@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 # Weights in any form, their indices, and what is written anew.
-_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+_NOT_COPIED = (
+    "qpack.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+)
 
 
 def copy_companions(source: Path, destination: Path) -> tuple[str, ...]:

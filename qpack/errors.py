@@ -32,3 +32,7 @@ class ServeError(QpackError):
 
 class OutputExistsError(QpackError):
     """The output is already there and ``force`` was not given."""
+
+
+class DiskFullError(QpackError):
+    """The disk has no room for the output; nothing was written."""

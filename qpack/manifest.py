@@ -24,8 +24,10 @@ class WeightError:
 
     relative: float
     """Frobenius norm of the difference over that of the weight."""
+    norm: float
+    """Frobenius norm of the weight."""
     worst: float
-    """The same of the block where it is largest."""
+    """The relative error of the block where it is largest."""
     worst_block: int
     """Index of that block in the row-major flattened weight."""
 

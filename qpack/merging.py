@@ -76,6 +76,7 @@ def merge(
             partial,
             {name: (factors.a, factors.b, factors.scale) for name, factors in opened.factors.items()},
             dtype=dtype,
+            inputs="",
             max_shard_bytes=max_shard_bytes,
             threads=threads or 0,
             on_progress=on_progress,

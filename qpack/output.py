@@ -1,19 +1,27 @@
-"""Output directories that appear whole or not at all.
+"""Output directories that appear whole or not at all, and that interrupted work goes on with.
 
 Work goes on in a sibling, ``.NAME.partial``, which takes the final name when everything in it is on disk. Whatever
 interrupts the work (an error, Ctrl-C, kill -9, a power cut), nothing half-written ever has that name. What a killed
-run leaves behind is cleared by the next; two runs at a time are kept apart by a lock, which the system drops with the
-process.
+run leaves behind is gone on with by the next one where that has the same inputs, else cleared; two runs at a time are
+kept apart by a lock, which the system drops with the process.
 """
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qpack.errors import OutputExistsError
+from qpack import _core
+from qpack.errors import DiskFullError, OutputExistsError, QpackError
+from qpack.sizes import format_size
+
+logger = logging.getLogger(__name__)
+
+_INPUTS_NAME = ".inputs"
+"""Text that tells what the work in a partial directory is made from."""
 
 
 def refuse_existing(path: Path, *, force: bool, marker: str) -> None:
@@ -34,7 +42,7 @@ def refuse_existing(path: Path, *, force: bool, marker: str) -> None:
 
 
 def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to write to ``path`` if that is one of ``inputs`` or holds one, which replacing it would delete.
+    """Refuse to write to ``path`` if that is one of ``inputs``, holds one or lies in one.
 
     Raises:
         OutputExistsError: naming both.
@@ -44,13 +52,43 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
         other = source.resolve()
         if resolved == other or resolved in other.parents:
             raise OutputExistsError(f"{path}: is or holds the input {source}, so it is not replaced")
+        if other in resolved.parents:
+            raise OutputExistsError(f"{path}: lies in the input {source}, which is only read")
+
+
+def refuse_full_disk(path: Path, size: int) -> None:
+    """Refuse to begin on ``size`` bytes for ``path`` if its disk has no room for them.
+
+    What an interrupted run has written of them already counts as room.
+
+    Raises:
+        DiskFullError: with what is needed and what is free.
+    """
+    partial = _partial(path.resolve())
+    written = sum(file.stat().st_blocks * 512 for file in partial.glob("*") if file.is_file())
+    room = free_bytes(path)
+    if size - written > room:
+        raise DiskFullError(f"{path}: needs {format_size(size - written)}, its disk has {format_size(room)} free")
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free for us on the disk that ``path`` is or will be on."""
+    existing = next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
 @contextmanager
-def new_directory(path: Path, *, force: bool, marker: str, inputs: Iterable[Path] = ()) -> Iterator[Path]:
-    """Yield an empty directory that becomes ``path`` when the block ends without an exception.
+def new_directory(
+    path: Path, *, force: bool, marker: str, inputs: Iterable[Path] = (), resume: str | None = None
+) -> Iterator[Path]:
+    """Yield a directory that becomes ``path`` when the block ends without an exception.
 
     With ``force``, what stands at ``path`` stays until the new directory takes its place.
+
+    The directory is empty, unless an interrupted run left one whose ``resume`` text was the same: then it holds what
+    that run had written. The text should change with anything that the output depends on. Work that ends by a
+    `QpackError` (bad input) leaves nothing behind; any other end leaves what a next run can go on with. Without
+    ``resume`` nothing is ever left or gone on with. Files whose names begin with a dot are not published.
 
     Raises:
         OutputExistsError: as `refuse_inputs` and `refuse_existing`, or if another process is writing to ``path``.
@@ -58,21 +96,29 @@ def new_directory(path: Path, *, force: bool, marker: str, inputs: Iterable[Path
     refuse_inputs(path, inputs)
     refuse_existing(path, force=force, marker=marker)
     path = path.resolve()  # so that "." has a name too
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _lock(descriptor, path)
-        _clear(partial)
+        _prepare(partial, resume)
         try:
             yield partial
             _sync(partial)
+            _clear(partial, ".*")
             _publish(partial, path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            if resume is None or isinstance(error, QpackError):
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                logger.info("%s: what is finished is kept; the same command goes on from there", path)
             raise
     finally:
         os.close(descriptor)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -82,8 +128,20 @@ def _lock(descriptor: int, path: Path) -> None:
         raise OutputExistsError(f"{path}: another process is writing it") from None
 
 
-def _clear(directory: Path) -> None:
-    for entry in directory.iterdir():
+def _prepare(partial: Path, resume: str | None) -> None:
+    """Clear what an earlier run left, unless it was at the same work."""
+    inputs = partial / _INPUTS_NAME
+    if resume is not None and inputs.is_file() and inputs.read_text(encoding="utf-8") == resume:
+        return
+    _clear(partial, "*")
+    if resume is not None:
+        new = partial / f"{_INPUTS_NAME}.new"
+        new.write_text(resume, encoding="utf-8")
+        new.rename(inputs)
+
+
+def _clear(directory: Path, pattern: str) -> None:
+    for entry in directory.glob(pattern):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
@@ -91,19 +149,25 @@ def _clear(directory: Path) -> None:
 
 
 def _publish(partial: Path, path: Path) -> None:
-    """Give ``partial`` the name ``path``. Replacing takes two renames; between them the old directory is set aside."""
-    replaced = path.with_name(f".{path.name}.replaced")
-    if path.exists():
+    """Give ``partial`` the name ``path``. What stands there changes names with it, at once where the system can."""
+    if not path.exists():
+        partial.rename(path)
+        _sync_directory(path.parent)
+        return
+    try:
+        _core.exchange(partial, path)
+    except OSError:
+        replaced = path.with_name(f".{path.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
-    try:
-        partial.rename(path)
-    except BaseException:
-        if replaced.exists():
+        try:
+            partial.rename(path)
+        except BaseException:
             replaced.rename(path)
-        raise
+            raise
+        partial = replaced
     _sync_directory(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

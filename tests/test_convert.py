@@ -1,9 +1,6 @@
 """`qpack.convert`: what it writes, that stock transformers reads it, and what it refuses."""
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -276,37 +273,6 @@ def test_a_failed_run_leaves_a_forced_output_as_it_was(tmp_path: Path) -> None:
         qpack.convert(source, tmp_path / "packed", force=True)
     assert contents(tmp_path / "packed") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "source"]
-
-
-SLOW_CONVERT = """
-import sys, time, qpack
-def wait(done, total):
-    print("working", flush=True)
-    time.sleep(60)
-qpack.convert(sys.argv[1], sys.argv[2], on_progress=wait)
-"""
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_leaves_no_output_and_the_next_one_succeeds(
-    sent: signal.Signals, llama: Path, packed: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "packed"
-    command = [sys.executable, "-c", SLOW_CONVERT, str(llama), str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "working\n"
-        with pytest.raises(OutputExistsError, match="another process is writing it"):
-            qpack.convert(llama, output)
-        process.send_signal(sent)
-        _, errors = process.communicate(timeout=60)
-    assert not output.exists()
-    if sent == signal.SIGINT:
-        assert "KeyboardInterrupt" in errors
-        assert list(tmp_path.iterdir()) == []
-    qpack.convert(llama, output)
-    assert contents(output) == contents(packed)
-    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
 def test_inspect_tells_plain_from_packed(llama: Path, packed: Path) -> None:

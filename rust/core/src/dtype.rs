@@ -139,6 +139,18 @@ impl Float {
         }
     }
 
+    /// Little-endian `bytes` of this type as bytes of the type `to`, each value rounded once.
+    ///
+    /// # Panics
+    /// If `bytes` is no whole number of values.
+    pub fn convert(self, bytes: &[u8], to: Self) -> Vec<u8> {
+        let mut values = vec![0.0; bytes.len() / self.size()];
+        self.decode(bytes, &mut values);
+        let mut converted = vec![0; values.len() * to.size()];
+        to.encode(&values, &mut converted);
+        converted
+    }
+
     /// Encode `values`, rounding once, to nearest with ties to even.
     ///
     /// # Panics

@@ -1,12 +1,13 @@
 //! Bytes and arithmetic of qpack.
 //!
 //! Data flows one way: a [`safetensors::File`] is validated once, on open; a [`stream::Plan`] fixes every output header
-//! before the first byte; [`stream::Plan::write`] then runs one [`stream::Recipe`] per weight ([`pack`] or [`merge`]),
+//! before the first byte; [`stream::Plan::write`] then runs one [`stream::Recipe`] per tensor ([`pack`] or [`merge`]),
 //! chunk by chunk and in any order, since every byte's place is known. Nothing here knows about models, Hugging Face
 //! or Python: which tensors to pack, and where an adapter's delta goes, is decided by the caller.
 
 #![cfg_attr(test, allow(clippy::float_cmp, reason = "the tests are about exact values"))]
 
+pub mod digest;
 mod dtype;
 mod error;
 mod isa;

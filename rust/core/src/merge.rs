@@ -4,14 +4,13 @@
 //! round to where they were, and the adapter with them.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
-use rayon::prelude::*;
-
-use crate::lora::Factors;
+use crate::lora::{Delta, Factors};
 use crate::quant_state::{self, QuantState};
 use crate::safetensors::{Checkpoint, Tensor, TensorSpec};
-use crate::stream::{CHUNK, Cast, Copy, Plan, Recipe, Scratch, Sink, same_shape};
-use crate::{Float, Job, Result, nested, nf4};
+use crate::stream::{CHUNK, Cast, Copy, Plan, Recipe, Run, Sink};
+use crate::{Dtype, Float, Result, nested, nf4};
 
 /// Where an adapter keeps its change of one weight.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,7 +58,7 @@ pub fn plan<'a>(
         } else if Float::from_dtype(tensor.info.dtype).is_some() {
             recipes.push(Box::new(Cast::new(tensor, to)?));
         } else {
-            recipes.push(Box::new(Copy(tensor)));
+            recipes.push(Box::new(Copy::new(tensor)));
         }
     }
     Ok(Plan::new(recipes, max_shard_bytes))
@@ -89,7 +88,11 @@ impl<'a> Packed<'a> {
         let json = checkpoint.tensor(&format!("{name}{}", quant_state::STATE))?;
         let state = QuantState::parse(&json.read()?).map_err(|reason| json.error(reason))?;
         let mut bytes = 0;
-        for expected in state.tensors(name) {
+        let storage = codes.info.dtype;
+        if !matches!(storage, Dtype::U8 | Dtype::BF16 | Dtype::F16 | Dtype::F32) {
+            return Err(codes.error(format!("is {}, expected U8, BF16, F16 or F32 to hold codes", storage.name())));
+        }
+        for expected in state.tensors(name, storage) {
             let found = checkpoint.tensor(&expected.name)?;
             bytes += found.info.bytes();
             let length = |shape: &[u64]| shape.iter().product::<u64>();
@@ -129,30 +132,20 @@ impl<'a> Packed<'a> {
         Ok(nested::dequantize(&absmax.read()?, &nested_absmax, levels, offset))
     }
 
-    /// Replace `out` by the `len` weights from `first` on, in f32, through `bytes` as scratch.
+    /// Decode the weights from number `first` on to f32. `bytes` are their codes, from the start of the first one's block.
     ///
     /// `scales` are those of [`Packed::read_scales`].
-    ///
-    /// # Errors
-    /// [`crate::Error::Io`].
-    pub fn read_floats_at(
-        &self,
-        scales: &[f32],
-        first: u64,
-        len: usize,
-        out: &mut Vec<f32>,
-        bytes: &mut Vec<u8>,
-    ) -> Result<()> {
-        let blocksize = self.state.blocksize as u64;
-        let (block, skip) = (first / blocksize, (first % blocksize) as usize);
-        let elements = skip + len;
-        bytes.resize(elements.div_ceil(2), 0);
-        self.codes.read_at(block * blocksize / 2, bytes)?;
-        let scales = &scales[block as usize..][..elements.div_ceil(self.state.blocksize)];
-        out.resize(elements, 0.0);
-        nf4::dequantize(bytes, scales, self.state.blocksize, out);
-        out.drain(..skip);
-        Ok(())
+    pub fn decode(&self, scales: &[f32], first: u64, bytes: &[u8], out: &mut [f32]) {
+        let blocksize = self.state.blocksize;
+        let (block, skip) = ((first / blocksize as u64) as usize, (first % blocksize as u64) as usize);
+        let elements = skip + out.len();
+        let scales = &scales[block..][..elements.div_ceil(blocksize)];
+        if skip == 0 {
+            return nf4::dequantize(bytes, scales, blocksize, out);
+        }
+        let mut whole = vec![0.0; elements];
+        nf4::dequantize(bytes, scales, blocksize, &mut whole);
+        out.copy_from_slice(&whole[skip..]);
     }
 }
 
@@ -168,7 +161,6 @@ enum Base<'a> {
 pub struct Merge<'a> {
     base: Base<'a>,
     output: TensorSpec,
-    source_bytes: u64,
     to: Float,
     change: Option<Factors<'a>>,
 }
@@ -178,7 +170,7 @@ impl<'a> Merge<'a> {
     pub fn packed(packed: Packed<'a>, change: Option<Factors<'a>>, to: Float) -> Self {
         let name = packed.codes.info.name.clone();
         let output = TensorSpec { name, dtype: to.dtype(), shape: packed.state.shape.clone() };
-        Self { output, source_bytes: packed.codes.info.bytes(), base: Base::Packed(packed), to, change }
+        Self { output, base: Base::Packed(packed), to, change }
     }
 
     /// A recipe that adds `change` to the plain weight `tensor` and writes the sum as `to`.
@@ -187,8 +179,8 @@ impl<'a> Merge<'a> {
     /// [`crate::Error::Malformed`] if the weight is not BF16, F16 or F32.
     pub fn plain(tensor: Tensor<'a>, change: Factors<'a>, to: Float) -> Result<Self> {
         tensor.float()?;
-        let output = same_shape(&tensor, to.dtype());
-        Ok(Self { output, source_bytes: tensor.info.bytes(), base: Base::Plain(tensor), to, change: Some(change) })
+        let output = TensorSpec { dtype: to.dtype(), ..tensor.spec() };
+        Ok(Self { output, base: Base::Plain(tensor), to, change: Some(change) })
     }
 }
 
@@ -197,38 +189,82 @@ impl Recipe for Merge<'_> {
         vec![self.output.clone()]
     }
 
-    fn source_bytes(&self) -> u64 {
-        self.source_bytes
+    fn source(&self) -> Tensor<'_> {
+        match &self.base {
+            Base::Packed(packed) => packed.codes,
+            Base::Plain(tensor) => *tensor,
+        }
     }
 
-    fn run(&self, sink: &Sink<'_>, job: &Job) -> Result<()> {
+    /// Whole rows. Those of a packed weight begin with the block that the first of them lies in.
+    fn chunks(&self) -> Vec<Range<u64>> {
+        let elements =
+            |chunk: u64| self.first_row(chunk) * self.in_features()..self.first_row(chunk + 1) * self.in_features();
+        let chunks = 0..self.output.shape[0].div_ceil(self.rows_a_chunk());
+        chunks
+            .map(|chunk| {
+                let Range { start, end } = elements(chunk);
+                match &self.base {
+                    Base::Packed(packed) => {
+                        let blocksize = packed.state.blocksize as u64;
+                        start / blocksize * blocksize / 2..end.div_ceil(2)
+                    }
+                    Base::Plain(tensor) => {
+                        let size = tensor.info.dtype.size();
+                        start * size..end * size
+                    }
+                }
+            })
+            .collect()
+    }
+
+    fn start(&self) -> Result<Box<dyn Run + '_>> {
         let scales = match &self.base {
             Base::Packed(packed) => packed.read_scales()?,
             Base::Plain(_) => Vec::new(),
         };
         let delta = self.change.map(|factors| factors.read()).transpose()?;
-        let [out_features, in_features] = [self.output.shape[0], self.output.shape[1]];
-        let rows_a_chunk = (CHUNK as u64 / in_features).max(1);
-        let chunks = (0..out_features.div_ceil(rows_a_chunk)).into_par_iter();
-        chunks.try_for_each_init(Scratch::default, |scratch, chunk| {
-            let Scratch { bytes, floats } = scratch;
-            let first_row = chunk * rows_a_chunk;
-            let rows = rows_a_chunk.min(out_features - first_row);
-            let (first, elements) = (first_row * in_features, (rows * in_features) as usize);
-            match &self.base {
-                Base::Packed(packed) => packed.read_floats_at(&scales, first, elements, floats, bytes)?,
-                Base::Plain(tensor) => {
-                    floats.resize(elements, 0.0);
-                    tensor.read_floats_at(first, floats, bytes)?;
-                }
-            }
-            if let Some(delta) = &delta {
-                delta.add_to(floats, first_row as usize);
-            }
-            scratch.write_floats(self.to, sink, first)?;
-            // Shares of the source's bytes that add up to all of them.
-            let share = |row: u64| self.source_bytes * row / out_features;
-            job.advance(share(first_row + rows) - share(first_row))
-        })
+        Ok(Box::new(MergeRun { merge: self, scales, delta }))
+    }
+}
+
+impl Merge<'_> {
+    fn in_features(&self) -> u64 {
+        self.output.shape[1]
+    }
+
+    fn rows_a_chunk(&self) -> u64 {
+        (CHUNK as u64 / self.in_features()).max(1)
+    }
+
+    fn first_row(&self, chunk: u64) -> u64 {
+        (chunk * self.rows_a_chunk()).min(self.output.shape[0])
+    }
+}
+
+/// A weight being merged.
+struct MergeRun<'m> {
+    merge: &'m Merge<'m>,
+    scales: Vec<f32>,
+    delta: Option<Delta>,
+}
+
+impl Run for MergeRun<'_> {
+    fn chunk(&self, chunk: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Range<usize>> {
+        let merge = self.merge;
+        let (first_row, end_row) = (merge.first_row(chunk as u64), merge.first_row(chunk as u64 + 1));
+        let first = first_row * merge.in_features();
+        let mut floats = vec![0.0; ((end_row - first_row) * merge.in_features()) as usize];
+        match &merge.base {
+            Base::Packed(packed) => packed.decode(&self.scales, first, bytes, &mut floats),
+            Base::Plain(tensor) => tensor.float()?.decode(bytes, &mut floats),
+        }
+        if let Some(delta) = &self.delta {
+            delta.add_to(&mut floats, first_row as usize);
+        }
+        let mut merged = vec![0; floats.len() * merge.to.size()];
+        merge.to.encode(&floats, &mut merged);
+        sink.write_at(0, first * merge.to.size() as u64, &merged)?;
+        Ok(0..0)
     }
 }

@@ -125,12 +125,14 @@ impl QuantState {
     }
 
     /// The tensors of the packed weight `name`, codes first, then in the order of this module's table.
-    pub fn tensors(&self, name: &str) -> Vec<TensorSpec> {
+    ///
+    /// `storage` is the element type that the codes' bytes are stored in, U8 but for FSDP.
+    pub fn tensors(&self, name: &str, storage: Dtype) -> Vec<TensorSpec> {
         let spec = |suffix: &str, dtype, shape| TensorSpec { name: format!("{name}{suffix}"), dtype, shape };
         let blocks = nf4::blocks(self.elements(), self.blocksize);
         let nested = self.nested_offset.is_some();
         let mut tensors = vec![
-            spec("", Dtype::U8, vec![nf4::code_bytes(self.elements()), 1]),
+            spec("", storage, vec![nf4::code_bytes(self.elements()) / storage.size(), 1]),
             spec(ABSMAX, if nested { Dtype::U8 } else { Dtype::F32 }, vec![blocks]),
             spec(QUANT_MAP, Dtype::F32, vec![nf4::LEVELS.len() as u64]),
         ];

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use qpack_core::Dtype;
-use qpack_core::safetensors::{Checkpoint, File, TensorSpec, Writer};
+use qpack_core::safetensors::{Checkpoint, File, Layout, TensorSpec, Writer};
 use tempfile::tempdir;
 
 fn spec(name: &str, dtype: Dtype, shape: &[u64]) -> TensorSpec {
@@ -32,7 +33,7 @@ fn tensors_are_laid_out_by_size_then_name_and_read_back() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("model.safetensors");
     let specs = [spec("b", Dtype::U8, &[3]), spec("z", Dtype::F32, &[1]), spec("a", Dtype::BF16, &[1, 2])];
-    let writer = Writer::create(&path, &specs).unwrap();
+    let writer = Writer::open(&path, Arc::new(Layout::new(specs.to_vec()))).unwrap();
     writer.write_at(0, 0, &[1, 2, 3]).unwrap();
     writer.write_at(2, 2, &[6, 7]).unwrap();
     writer.write_at(2, 0, &[4, 5]).unwrap();
@@ -50,10 +51,22 @@ fn tensors_are_laid_out_by_size_then_name_and_read_back() {
 }
 
 #[test]
-fn a_writer_that_is_dropped_leaves_nothing() {
+fn a_file_that_was_not_finished_is_gone_on_with_if_it_has_the_same_header() {
     let dir = tempdir().unwrap();
-    drop(Writer::create(&dir.path().join("model.safetensors"), &[spec("a", Dtype::U8, &[3])]).unwrap());
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    let path = dir.path().join("model.safetensors");
+    let layout = |length| Arc::new(Layout::new(vec![spec("a", Dtype::U8, &[length])]));
+    let read_back = |length| {
+        let writer = Writer::open(&path, layout(length)).unwrap();
+        writer.finish().unwrap();
+        Checkpoint::open(std::slice::from_ref(&path)).unwrap().tensor("a").unwrap().read().unwrap()
+    };
+    let writer = Writer::open(&path, layout(3)).unwrap();
+    writer.write_at(0, 0, &[1, 2, 3]).unwrap();
+    drop(writer);
+    assert!(!path.exists());
+    assert_eq!(read_back(3), [1, 2, 3]); // left unfinished
+    assert_eq!(read_back(3), [1, 2, 3]); // finished
+    assert_eq!(read_back(4), [0; 4]);
 }
 
 #[test]
@@ -135,7 +148,7 @@ proptest! {
         let path = dir.path().join("x.safetensors");
         let specs: Vec<_> =
             sizes.iter().enumerate().map(|(index, &(length, dtype))| spec(&index.to_string(), dtype, &[length])).collect();
-        let writer = Writer::create(&path, &specs).unwrap();
+        let writer = Writer::open(&path, Arc::new(Layout::new(specs.to_vec()))).unwrap();
         for (index, spec) in specs.iter().enumerate() {
             writer.write_at(index, 0, &vec![index as u8 + 1; spec.bytes() as usize]).unwrap();
         }

@@ -1,14 +1,16 @@
 //! Whole files through recipes: packing, merging, sharding, cancelling.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use qpack_core::merge::{self, FactorNames};
-use qpack_core::pack::{self, Options};
-use qpack_core::safetensors::{Checkpoint, TensorSpec, Writer};
-use qpack_core::{Error, Float, Job};
+use qpack_core::pack::{self, Mode, Options, Packing, Part, Recipe};
+use qpack_core::safetensors::{Checkpoint, Layout, TensorSpec, Writer};
+use qpack_core::stream::{self, JOURNAL_NAME, Plan};
+use qpack_core::{Dtype, Error, Float, Job, digest, nf4};
 use tempfile::tempdir;
 
 type Tensors<'a> = &'a [(&'a str, [u64; 2], Vec<f32>)];
@@ -18,7 +20,7 @@ fn write_floats(path: &Path, tensors: Tensors<'_>, float: Float) {
         .iter()
         .map(|(name, shape, _)| TensorSpec { name: (*name).to_owned(), dtype: float.dtype(), shape: shape.to_vec() })
         .collect();
-    let writer = Writer::create(path, &specs).unwrap();
+    let writer = Writer::open(path, Arc::new(Layout::new(specs))).unwrap();
     for (index, (_, _, values)) in tensors.iter().enumerate() {
         let mut bytes = vec![0; values.len() * float.size()];
         float.encode(values, &mut bytes);
@@ -31,22 +33,184 @@ fn open(paths: &[PathBuf]) -> Checkpoint {
     Checkpoint::open(paths).unwrap()
 }
 
+const EXACT: Options = Options { mode: Mode::Exact, storage: Dtype::U8 };
+
+fn part(name: &str, shape: &[u64], packing: Option<Packing>) -> Part {
+    let (name, shape) = (name.to_owned(), shape.to_vec());
+    Part { name, shape, packing, keep_as: None, matrix: 0, rows: (0, 1), transpose: false }
+}
+
+fn recipe(source: &str, parts: Vec<Part>) -> Recipe {
+    Recipe { source: source.to_owned(), scale: None, parts }
+}
+
+/// Pack `w`, keep everything else.
+fn pack_w(checkpoint: &Checkpoint, packing: Packing, max_shard_bytes: u64) -> Plan<'_> {
+    let recipes = checkpoint.tensors().map(|tensor| {
+        let name = &tensor.info.name;
+        recipe(name, vec![part(name, &tensor.info.shape, (name == "w").then_some(packing))])
+    });
+    pack::plan(checkpoint, &recipes.collect::<Vec<_>>(), EXACT, max_shard_bytes).unwrap()
+}
+
 fn ramp(count: usize, step: f32) -> Vec<f32> {
     (0..count).map(|index| ((index * 7919) % 1000) as f32 * step - 1.0).collect()
 }
 
 #[test]
-fn a_cancelled_job_ends_with_nothing_written() {
+fn a_cancelled_job_ends_without_a_file() {
     let dir = tempdir().unwrap();
     let source = dir.path().join("source.safetensors");
     write_floats(&source, &[("w", [64, 64], ramp(4096, 0.002))], Float::BF16);
     let checkpoint = open(&[source]);
-    let options = Options { blocksize: 64, double_quant: true };
-    let plan = pack::plan(&checkpoint, &HashSet::from(["w".to_owned()]), options, u64::MAX).unwrap();
+    let plan = pack_w(&checkpoint, Packing { blocksize: 64, double_quant: true }, u64::MAX);
     let job = Job::default();
     job.cancel();
-    assert!(matches!(plan.write(dir.path(), &job), Err(Error::Cancelled)));
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    assert!(matches!(plan.write(dir.path(), "", 2, &job), Err(Error::Cancelled)));
+    assert!(!dir.path().join("model.safetensors").exists());
+}
+
+/// The files of a directory.
+fn contents(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files.into_iter().map(|path| (path.file_name().unwrap().into(), fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn a_run_goes_on_where_an_interrupted_one_ended_and_trusts_nothing() {
+    let dir = tempdir().unwrap();
+    let source = dir.path().join("source.safetensors");
+    let names = ["a", "b", "c", "w"];
+    write_floats(&source, &names.map(|name| (name, [64, 64], ramp(4096, 0.002))), Float::F32);
+    let checkpoint = open(&[source]);
+    let run = |out: &Path, inputs| {
+        fs::create_dir_all(out).unwrap();
+        let plan = pack_w(&checkpoint, Packing { blocksize: 64, double_quant: true }, 16_384);
+        plan.write(out, inputs, 2, &Job::default()).unwrap()
+    };
+    let whole = dir.path().join("whole");
+    let first = run(&whole, "x");
+    assert_eq!((first.resumed_bytes, first.files.len()), (0, 4));
+    assert_eq!(first.digests["a"], digest::of(&checkpoint.tensor("a").unwrap().read().unwrap()));
+    let expected = contents(&whole);
+
+    // Everything is there already; then with other inputs, nothing is.
+    assert_eq!(run(&whole, "x"), stream::Written { resumed_bytes: 4 * 16384, ..first.clone() });
+    assert_eq!(run(&whole, "y").resumed_bytes, 0);
+    assert_eq!(run(&whole, "x").resumed_bytes, 0);
+
+    let journal = whole.join(JOURNAL_NAME);
+    let damages: [(&dyn Fn(), u64); 4] = [
+        (
+            &|| {
+                // A line that was torn in the middle.
+                let text = fs::read_to_string(&journal).unwrap();
+                let end = text.rfind("{\"source\"").unwrap();
+                fs::write(&journal, &text[..end + 20]).unwrap();
+            },
+            3,
+        ),
+        (&|| fs::write(whole.join("model-00002-of-00004.safetensors"), b"short").unwrap(), 3),
+        (
+            &|| {
+                let path = whole.join("model-00003-of-00004.safetensors");
+                let mut bytes = fs::read(&path).unwrap();
+                *bytes.last_mut().unwrap() ^= 1;
+                fs::write(path, bytes).unwrap();
+            },
+            3,
+        ),
+        (&|| fs::remove_file(&journal).unwrap(), 0),
+    ];
+    for (damage, kept) in damages {
+        damage();
+        let again = run(&whole, "x");
+        assert_eq!(again, stream::Written { resumed_bytes: kept * 16384, ..first.clone() });
+        let files = |contents: &[(PathBuf, Vec<u8>)]| contents[1..].to_vec(); // the journal's order depends on the threads
+        assert_eq!(files(&contents(&whole)), files(&expected));
+    }
+}
+
+#[test]
+fn parts_are_cut_interleaved_and_transposed_out_of_a_fused_tensor() {
+    // Three experts of four rows and six columns; gate in the even rows, up in the odd ones.
+    let dir = tempdir().unwrap();
+    let (fused, swapped) = (dir.path().join("fused"), dir.path().join("swapped"));
+    let values = ramp(72, 0.02);
+    let at = |expert: usize, row: usize, column: usize| values[expert * 24 + row * 6 + column];
+    let transposed: Vec<f32> = (0..72).map(|index| at(index / 24, index % 4, index / 4 % 6)).collect();
+    for (path, shape, values) in [(&fused, [3_u64, 4, 6], &values), (&swapped, [3, 6, 4], &transposed)] {
+        let spec = TensorSpec { name: "x".into(), dtype: Dtype::F32, shape: shape.to_vec() };
+        let writer = Writer::open(path, Arc::new(Layout::new(vec![spec]))).unwrap();
+        let bytes: Vec<u8> = values.iter().flat_map(|value: &f32| value.to_le_bytes()).collect();
+        writer.write_at(0, 0, &bytes).unwrap();
+        writer.finish().unwrap();
+    }
+    let packing = Some(Packing { blocksize: 32, double_quant: false });
+    let cut = |path: &Path, transpose: bool, steps: [(u64, u64); 2], packing| {
+        let part = |name: &str, matrix, rows| Part {
+            matrix,
+            rows,
+            transpose,
+            ..part(&format!("{name}{matrix}"), &[2, 6], packing)
+        };
+        let parts = (0..3).flat_map(|expert| [part("gate", expert, steps[0]), part("up", expert, steps[1])]);
+        let checkpoint = open(&[path.to_owned()]);
+        let out = tempdir().unwrap();
+        let plan = pack::plan(&checkpoint, &[recipe("x", parts.collect())], EXACT, u64::MAX).unwrap();
+        plan.write(out.path(), "", 2, &Job::default()).unwrap();
+        let made = open(&[out.path().join("model.safetensors")]);
+        let read = |name: &str| made.tensor(name).unwrap().read().unwrap();
+        (0..3).map(|expert| [read(&format!("gate{expert}")), read(&format!("up{expert}"))]).collect::<Vec<_>>()
+    };
+    let (even_odd, halves) = ([(0, 2), (1, 2)], [(0, 1), (2, 1)]);
+    let rows = |expert, rows: [usize; 2]| -> Vec<u8> {
+        let values = rows.into_iter().flat_map(|row| (0..6).map(move |column| (row, column)));
+        values.flat_map(|(row, column)| at(expert, row, column).to_le_bytes()).collect()
+    };
+    let interleaved: Vec<_> = (0..3).map(|expert| [rows(expert, [0, 2]), rows(expert, [1, 3])]).collect();
+    let contiguous: Vec<_> = (0..3).map(|expert| [rows(expert, [0, 1]), rows(expert, [2, 3])]).collect();
+    assert_eq!(cut(&fused, false, even_odd, None), interleaved);
+    assert_eq!(cut(&swapped, true, even_odd, None), interleaved);
+    assert_eq!(cut(&fused, false, halves, None), contiguous);
+    assert_eq!(cut(&swapped, true, halves, None), contiguous);
+    let codes = |parts: &[[Vec<u8>; 2]]| -> Vec<[Vec<u8>; 2]> {
+        let quantize = |bytes: &Vec<u8>| {
+            let mut codes = vec![0; 6];
+            nf4::quantize(bytes, Float::F32, 32, &mut [0.0], &mut codes).unwrap();
+            codes
+        };
+        parts.iter().map(|pair| [quantize(&pair[0]), quantize(&pair[1])]).collect()
+    };
+    assert_eq!(cut(&fused, false, even_odd, packing), codes(&interleaved));
+    assert_eq!(cut(&swapped, true, halves, packing), codes(&contiguous));
+}
+
+#[test]
+fn a_recipe_that_does_not_fit_its_source_is_refused() {
+    let dir = tempdir().unwrap();
+    let source = dir.path().join("source.safetensors");
+    write_floats(&source, &[("w", [4, 6], ramp(24, 0.1)), ("v", [1, 2], ramp(2, 0.1))], Float::F32);
+    let checkpoint = open(&[source]);
+    let all_of = |name: &str, shape: &[u64]| recipe(name, vec![part(name, shape, None)]);
+    let rows = |name: &str, count, rows| Part { rows, ..part(name, &[count, 6], None) };
+    let w = |parts| vec![recipe("w", parts), all_of("v", &[1, 2])];
+    for (recipes, reason) in [
+        (vec![all_of("w", &[4, 6])], "tensor v: is in no recipe"),
+        (vec![all_of("w", &[4, 6]), all_of("w", &[4, 6])], "tensor w: w is used twice"),
+        (w(vec![rows("a", 2, (0, 1)), rows("a", 2, (2, 1))]), "a is made twice"),
+        (w(vec![part("a", &[4, 5], None)]), "has shape [4, 6], which a of shape [4, 5] is no part of"),
+        (w(vec![rows("a", 2, (0, 1))]), "row 2 of matrix 0 is in no part"),
+        (w(vec![rows("a", 3, (0, 1)), rows("b", 2, (2, 1))]), "row 2 of matrix 0 is used twice"),
+        (w(vec![rows("a", 2, (2, 1)), rows("b", 2, (0, 1))]), "b is not in the order of rows"),
+        (w(vec![rows("a", 2, (0, 3))]), "row 1 of matrix 0 is in no part"),
+        (w(vec![rows("a", 2, (3, 1))]), "no part of"),
+        (w(vec![Part { matrix: 1, ..rows("a", 4, (0, 1)) }]), "no part of"),
+    ] {
+        let message = pack::plan(&checkpoint, &recipes, EXACT, u64::MAX).err().expect(reason).to_string();
+        assert!(message.contains(reason), "{message}: expected {reason}");
+    }
 }
 
 #[test]
@@ -56,11 +220,13 @@ fn a_plan_knows_what_it_will_read_and_write() {
     let tensors = [("keep", [3, 5], ramp(15, 0.002)), ("w", [50, 70], ramp(3500, 0.002))];
     write_floats(&source, &tensors, Float::F32);
     let checkpoint = open(&[source]);
-    let options = Options { blocksize: 128, double_quant: true };
-    let plan = pack::plan(&checkpoint, &HashSet::from(["w".to_owned()]), options, u64::MAX).unwrap();
+    let plan = pack_w(&checkpoint, Packing { blocksize: 128, double_quant: true }, u64::MAX);
     let job = Job::default();
-    let written = plan.write(dir.path(), &job).unwrap();
-    assert_eq!((job.done(), plan.source_bytes()), (4 * 3515, 4 * 3515));
+    let (source_bytes, files) = (plan.source_bytes(), plan.files());
+    let written = plan.write(dir.path(), "", 2, &job).unwrap();
+    assert_eq!((job.done(), source_bytes), (4 * 3515, 4 * 3515));
+    let path = dir.path().join("model.safetensors");
+    assert_eq!(files, [("model.safetensors".to_owned(), fs::metadata(path).unwrap().len())]);
     let result = open(&[dir.path().join(&written.files[0])]);
     assert_eq!(written.tensor_bytes, result.tensors().map(|tensor| tensor.info.bytes()).sum::<u64>());
 }
@@ -71,8 +237,8 @@ fn a_weight_that_is_not_there_is_refused() {
     let source = dir.path().join("source.safetensors");
     write_floats(&source, &[("w", [2, 2], ramp(4, 0.1))], Float::F32);
     let checkpoint = open(&[source]);
-    let options = Options { blocksize: 64, double_quant: true };
-    let plan = pack::plan(&checkpoint, &HashSet::from(["v".to_owned()]), options, u64::MAX);
+    let recipes = [recipe("v", vec![part("v", &[2, 2], None)])];
+    let plan = pack::plan(&checkpoint, &recipes, EXACT, u64::MAX);
     assert!(plan.err().unwrap().to_string().ends_with("no tensor v"));
     let factors = HashMap::from([("v".to_owned(), FactorNames { a: "a".into(), b: "b".into(), scale: 1.0 })]);
     let plan = merge::plan(&checkpoint, &checkpoint, &factors, Float::F32, u64::MAX);
@@ -104,15 +270,14 @@ proptest! {
         write_floats(&adapter, &[("a", [2, columns], a.clone()), ("b", [rows, 2], b.clone())], Float::F32);
 
         let checkpoint = open(&[source]);
-        let options = Options { blocksize, double_quant };
-        let plan = pack::plan(&checkpoint, &HashSet::from(["w".to_owned()]), options, max_shard_bytes).unwrap();
-        let files = plan.write(&packed_dir, &Job::default()).unwrap().files;
+        let plan = pack_w(&checkpoint, Packing { blocksize, double_quant }, max_shard_bytes);
+        let files = plan.write(&packed_dir, "", 2, &Job::default()).unwrap().files;
         let packed = open(&files.iter().map(|file| packed_dir.join(file)).collect::<Vec<_>>());
 
         let adapter = open(&[adapter]);
         let factors = HashMap::from([("w".to_owned(), FactorNames { a: "a".into(), b: "b".into(), scale: 0.5 })]);
         let plan = merge::plan(&packed, &adapter, &factors, Float::F32, max_shard_bytes).unwrap();
-        let files = plan.write(&merged_dir, &Job::default()).unwrap().files;
+        let files = plan.write(&merged_dir, "", 2, &Job::default()).unwrap().files;
         let merged = open(&files.iter().map(|file| merged_dir.join(file)).collect::<Vec<_>>());
         prop_assert_eq!(merged.tensor("n").unwrap().read_floats().unwrap(), vec![1.0; 3]);
 

@@ -7,6 +7,7 @@
 mod errors;
 mod kernels;
 mod read;
+mod recipe;
 mod watch;
 mod write;
 
@@ -15,14 +16,14 @@ mod _core {
     use pyo3::exceptions::PyValueError;
     use pyo3::prelude::*;
     use pyo3::types::PyTuple;
-    use qpack_core::{Isa, nf4, quant_state};
+    use qpack_core::{Isa, nf4, quant_state, stream};
 
     #[pymodule_export]
     use crate::kernels::{dequantize_nf4, nested_quant_map, quantize_nested, quantize_nf4};
     #[pymodule_export]
     use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_packed};
     #[pymodule_export]
-    use crate::write::{Written, merge, pack};
+    use crate::write::{Written, exchange, merge, pack, plan_pack};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -32,6 +33,7 @@ mod _core {
         module.add("BLOCKSIZES", PyTuple::new(module.py(), nf4::BLOCKSIZES)?)?;
         let suffixes = [quant_state::ABSMAX, quant_state::QUANT_MAP, quant_state::NESTED_ABSMAX];
         let suffixes = suffixes.into_iter().chain([quant_state::NESTED_QUANT_MAP, quant_state::STATE]);
+        module.add("JOURNAL_NAME", stream::JOURNAL_NAME)?;
         module.add("SUFFIXES", PyTuple::new(module.py(), suffixes.collect::<Vec<_>>())?)
     }
 }

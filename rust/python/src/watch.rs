@@ -5,22 +5,19 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use qpack_core::{Job, Result};
-use rayon::ThreadPoolBuilder;
 
 use crate::errors::to_python;
 
 /// How often progress is reported and signals are looked at.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// Run `work` on `threads` threads without the GIL, calling `on_progress(done, total)` now and then and at the end.
+/// Run `work` without the GIL, calling `on_progress(done, total)` now and then and at the end.
 ///
 /// An exception out of `on_progress` or a signal handler cancels the work, waits for it to wind up, and is raised.
 pub fn watch<T: Send>(
     py: Python<'_>,
-    threads: usize,
     total: u64,
     on_progress: Option<&Py<PyAny>>,
     work: impl FnOnce(&Job) -> Result<T> + Send,
@@ -32,13 +29,11 @@ pub fn watch<T: Send>(
             on_progress.map_or(Ok(()), |callback| callback.call1(py, (done, total)).map(drop))
         })
     };
-    let pool = ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.map_err(|error| PyOSError::new_err(error.to_string()))?;
     py.detach(|| {
         thread::scope(|scope| {
             let (sender, receiver) = mpsc::channel();
             let job = &job;
-            let worker = scope.spawn(move || sender.send(pool.install(|| work(job))));
+            let worker = scope.spawn(move || sender.send(work(job)));
             let mut interrupted = Ok(());
             let result = loop {
                 match receiver.recv_timeout(INTERVAL) {

@@ -1,55 +1,93 @@
 //! Writing checkpoints.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZero;
 use std::path::PathBuf;
-use std::slice;
+use std::{slice, thread};
 
 use pyo3::prelude::*;
 use qpack_core::merge::FactorNames;
-use qpack_core::pack::Options;
 use qpack_core::safetensors::Checkpoint;
 use qpack_core::stream;
 
 use crate::errors::to_python;
-use crate::kernels::{check_blocksize, float};
+use crate::kernels::float;
+use crate::recipe::{Recipe, checked, options};
 use crate::watch::watch;
 
 #[pyclass(frozen, get_all, module = "qpack._core")]
 pub struct Written {
     files: Vec<String>,
     tensor_bytes: u64,
+    resumed_bytes: u64,
+    digests: BTreeMap<String, String>,
+    fingerprint: String,
+    source_fingerprint: String,
+    errors: BTreeMap<String, (f64, f64, f64, u64)>,
 }
 
 impl From<stream::Written> for Written {
     fn from(written: stream::Written) -> Self {
-        Self { files: written.files, tensor_bytes: written.tensor_bytes }
+        let stream::Written { files, tensor_bytes, resumed_bytes, digests, fingerprint, source_fingerprint, errors } =
+            written;
+        let errors = errors.into_iter();
+        let errors = errors.map(|(name, error)| (name, (error.relative, error.norm, error.worst, error.worst_block)));
+        Self { files, tensor_bytes, resumed_bytes, digests, fingerprint, source_fingerprint, errors: errors.collect() }
     }
 }
 
+fn workers(threads: usize) -> usize {
+    if threads > 0 { threads } else { thread::available_parallelism().map_or(1, NonZero::get) }
+}
+
 #[pyfunction]
-#[pyo3(signature = (shards, directory, weights, *, blocksize, double_quant, max_shard_bytes, threads, on_progress=None))]
+#[pyo3(signature = (shards, directory, recipes, *, mode, quant_storage, inputs, max_shard_bytes, threads, on_progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
 pub fn pack(
     py: Python<'_>,
     shards: Vec<PathBuf>,
     directory: PathBuf,
-    weights: HashSet<String>,
-    blocksize: usize,
-    double_quant: bool,
+    recipes: Vec<Recipe>,
+    mode: &str,
+    quant_storage: &str,
+    inputs: &str,
     max_shard_bytes: u64,
     threads: usize,
     on_progress: Option<Py<PyAny>>,
 ) -> PyResult<Written> {
-    check_blocksize(blocksize)?;
-    let options = Options { blocksize, double_quant };
+    let options = options(mode, quant_storage)?;
+    let recipes = checked(recipes)?;
     let checkpoint = py.detach(|| Checkpoint::open(&shards)).map_err(to_python)?;
-    let plan = qpack_core::pack::plan(&checkpoint, &weights, options, max_shard_bytes).map_err(to_python)?;
-    let work = |job: &_| plan.write(&directory, job);
-    watch(py, threads, plan.source_bytes(), on_progress.as_ref(), work).map(Written::from)
+    let plan =
+        py.detach(|| qpack_core::pack::plan(&checkpoint, &recipes, options, max_shard_bytes)).map_err(to_python)?;
+    let total = plan.source_bytes();
+    let work = |job: &_| plan.write(&directory, inputs, workers(threads), job);
+    watch(py, total, on_progress.as_ref(), work).map(Written::from)
+}
+
+/// Let two directories change names, at once and for whoever looks.
+#[pyfunction]
+pub fn exchange(one: PathBuf, other: PathBuf) -> PyResult<()> {
+    stream::exchange(&one, &other).map_err(to_python)
 }
 
 #[pyfunction]
-#[pyo3(signature = (shards, adapter, directory, deltas, *, dtype, max_shard_bytes, threads, on_progress=None))]
+#[pyo3(signature = (shards, recipes, *, quant_storage, max_shard_bytes))]
+pub fn plan_pack(
+    py: Python<'_>,
+    shards: Vec<PathBuf>,
+    recipes: Vec<Recipe>,
+    quant_storage: &str,
+    max_shard_bytes: u64,
+) -> PyResult<Vec<(String, u64)>> {
+    let options = options("exact", quant_storage)?;
+    let recipes = checked(recipes)?;
+    let files = || Ok(qpack_core::pack::plan(&Checkpoint::open(&shards)?, &recipes, options, max_shard_bytes)?.files());
+    py.detach(files).map_err(to_python)
+}
+
+#[pyfunction]
+#[pyo3(signature = (shards, adapter, directory, deltas, *, dtype, inputs, max_shard_bytes, threads, on_progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
 pub fn merge(
     py: Python<'_>,
@@ -58,6 +96,7 @@ pub fn merge(
     directory: PathBuf,
     deltas: HashMap<String, (String, String, f32)>,
     dtype: &str,
+    inputs: &str,
     max_shard_bytes: u64,
     threads: usize,
     on_progress: Option<Py<PyAny>>,
@@ -68,6 +107,7 @@ pub fn merge(
     let (base, adapter) = py.detach(open).map_err(to_python)?;
     let plan =
         py.detach(|| qpack_core::merge::plan(&base, &adapter, &factors, to, max_shard_bytes)).map_err(to_python)?;
-    let work = |job: &_| plan.write(&directory, job);
-    watch(py, threads, plan.source_bytes(), on_progress.as_ref(), work).map(Written::from)
+    let total = plan.source_bytes();
+    let work = |job: &_| plan.write(&directory, inputs, workers(threads), job);
+    watch(py, total, on_progress.as_ref(), work).map(Written::from)
 }

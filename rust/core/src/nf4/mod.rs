@@ -65,6 +65,38 @@ const TILE: usize = 4096;
 /// Bits of the smallest f32 magnitude that is not finite.
 const INFINITY_BITS: u32 = 0x7f80_0000;
 
+/// Sums over one block of weights `x` and the levels `q` of their codes, from which its error under any scale follows.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Moments {
+    /// Sum of `x * x`.
+    pub xx: f32,
+    /// Sum of `x * q`.
+    pub xq: f32,
+    /// Sum of `q * q`.
+    pub qq: f32,
+}
+
+/// Sums over the blocks of the weights in `bytes`, little-endian values of type `float`, with these `codes`.
+///
+/// # Panics
+/// As [`quantize`].
+pub fn moments(bytes: &[u8], float: Float, codes: &[u8], blocksize: usize, out: &mut [Moments]) {
+    let mut values = vec![0.0; bytes.len() / float.size()];
+    check_lengths(values.len(), blocksize, out.len(), codes.len());
+    float.decode(bytes, &mut values);
+    for (index, (block, out)) in values.chunks(blocksize).zip(out).enumerate() {
+        *out = Moments::default();
+        for (offset, &x) in block.iter().enumerate() {
+            let element = index * blocksize + offset;
+            let q =
+                LEVELS[usize::from(if element % 2 == 0 { codes[element / 2] >> 4 } else { codes[element / 2] & 15 })];
+            out.xx += x * x;
+            out.xq += x * q;
+            out.qq += q * q;
+        }
+    }
+}
+
 /// Number of blocks, and so of scales, for `elements` weights.
 pub fn blocks(elements: u64, blocksize: usize) -> u64 {
     elements.div_ceil(blocksize as u64)

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use super::{File, TensorInfo};
+use super::{File, TensorInfo, TensorSpec};
 use crate::{Error, Float, Result};
 
 /// Several open safetensors files whose tensors have distinct names.
@@ -78,6 +78,16 @@ impl Tensor<'_> {
     pub fn float(&self) -> Result<Float> {
         let dtype = self.info.dtype;
         Float::from_dtype(dtype).ok_or_else(|| self.error(format!("is {}, expected BF16, F16 or F32", dtype.name())))
+    }
+
+    /// What a file that holds this tensor as it is says of it.
+    pub fn spec(&self) -> TensorSpec {
+        TensorSpec { name: self.info.name.clone(), dtype: self.info.dtype, shape: self.info.shape.clone() }
+    }
+
+    /// Ask the system to read what stands behind the first `offset` bytes before it is needed.
+    pub fn read_ahead(&self, offset: u64) {
+        self.file.read_ahead(self.info, offset);
     }
 
     /// Fill `buffer` with the bytes from byte `offset` on.

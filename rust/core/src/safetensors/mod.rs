@@ -11,4 +11,4 @@ mod writer;
 pub use checkpoint::{Checkpoint, Tensor};
 pub use header::TensorInfo;
 pub use reader::File;
-pub use writer::{TensorSpec, Writer};
+pub use writer::{Layout, TensorSpec, Writer};

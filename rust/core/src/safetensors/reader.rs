@@ -1,11 +1,17 @@
 //! An open safetensors file: header validated once, bytes read by position from any thread.
 
 use std::fs;
+use std::num::NonZero;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Advice, fadvise};
+
 use super::header::{self, TensorInfo};
 use crate::{Error, Result};
+
+/// How far the system reads ahead of what is asked for.
+const READ_AHEAD: NonZero<u64> = NonZero::new(16 << 20).unwrap();
 
 /// An open safetensors file.
 #[derive(Debug)]
@@ -52,6 +58,13 @@ impl File {
     /// The tensors, in the order of their bytes.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
+    }
+
+    /// Ask the system to read what stands behind the first `offset` bytes of `tensor` before it is needed.
+    pub fn read_ahead(&self, tensor: &TensorInfo, offset: u64) {
+        let position = self.data_start + tensor.range.start + offset;
+        // Only advice: where it is not taken, reading is as it was.
+        let _ = fadvise(&self.handle, position, Some(READ_AHEAD), Advice::WillNeed);
     }
 
     /// Fill `buffer` with the bytes of `tensor` from its byte `offset` on.

@@ -1,0 +1,81 @@
+//! One output file, open only while recipes write to it.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::Result;
+use crate::safetensors::{Layout, TensorSpec, Writer};
+
+/// Where one recipe's bytes go.
+#[derive(Debug)]
+pub struct Sink<'a> {
+    writer: &'a Writer,
+    first: usize,
+}
+
+impl<'a> Sink<'a> {
+    pub(super) fn new(writer: &'a Writer, first: usize) -> Self {
+        Self { writer, first }
+    }
+
+    /// Write `bytes` at byte `offset` of the recipe's output number `index`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn write_at(&self, index: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.writer.write_at(self.first + index, offset, bytes)
+    }
+}
+
+pub(super) struct Shard {
+    file_name: String,
+    layout: Arc<Layout>,
+    recipes: usize,
+    open: Mutex<Option<Arc<Writer>>>,
+    recipes_done: AtomicUsize,
+}
+
+impl Shard {
+    pub(super) fn new(file_name: String, specs: Vec<TensorSpec>, recipes: usize) -> Self {
+        let layout = Arc::new(Layout::new(specs));
+        Self { file_name, layout, recipes, open: Mutex::new(None), recipes_done: AtomicUsize::new(0) }
+    }
+
+    pub(super) fn file_name(&self) -> &str {
+        &self.file_name
+    }
+
+    pub(super) fn header(&self) -> &[u8] {
+        self.layout.header()
+    }
+
+    pub(super) fn file_bytes(&self) -> u64 {
+        self.layout.file_bytes()
+    }
+
+    /// The file in `dir`, opened by the first to ask.
+    pub(super) fn open(&self, dir: &Path) -> Result<Arc<Writer>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(writer) = &*open {
+            return Ok(writer.clone());
+        }
+        let writer = Arc::new(Writer::open(&dir.join(&self.file_name), self.layout.clone())?);
+        *open = Some(writer.clone());
+        Ok(writer)
+    }
+
+    /// One recipe has written everything; the last one finishes the file.
+    pub(super) fn recipe_done(&self) -> Result<()> {
+        if self.recipes_done.fetch_add(1, Ordering::AcqRel) + 1 < self.recipes {
+            return Ok(());
+        }
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), |writer| writer.finish())
+    }
+
+    /// Flush what has been written so far.
+    pub(super) fn flush(&self) -> Result<()> {
+        let writer = self.open.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        writer.map_or(Ok(()), |writer| writer.flush())
+    }
+}
