@@ -8,6 +8,7 @@
 #![cfg_attr(test, allow(clippy::float_cmp, reason = "the tests are about exact values"))]
 
 mod dtype;
+pub mod encoded;
 mod error;
 mod isa;
 mod job;
