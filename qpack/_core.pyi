@@ -21,6 +21,8 @@ __all__ = [
     "Written",
     "__version__",
     "check_finite",
+    "decode_fp8",
+    "decode_mxfp4",
     "dequantize_nf4",
     "exchange",
     "merge",
@@ -168,3 +170,15 @@ def quantize_nested(absmax: bytes, offset: float | None = None) -> tuple[bytes, 
 
 def nested_quant_map() -> bytes:
     """The 256 levels (f32) that block scales are quantized to."""
+
+def decode_fp8(
+    codes: bytes, scales: bytes, scale_dtype: str, shape: Sequence[int], block: tuple[int, int] | None
+) -> bytes:
+    """The bfloat16 weight that E4M3 ``codes`` of ``shape`` (.., out_features, in_features) stand for.
+
+    ``scales`` are one per ``block`` of rows and columns (None: one in all), by rows and columns of blocks, cut-off ones
+    included; ``scale_dtype`` is their safetensors name: F32, BF16, F16, F8_E8M0 or U8 (exponents, as F8_E8M0).
+    """
+
+def decode_mxfp4(blocks: bytes, scales: bytes) -> bytes:
+    """The bfloat16 weights that E2M1 ``blocks`` of 16 bytes stand for, 32 a block, each with its E8M0 scale."""

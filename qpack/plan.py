@@ -57,3 +57,5 @@ class Recipe:
     parts: tuple[Part, ...]
     scale: str | None = None
     """Name of the tensor that decodes it: FP8's ``weight_scale_inv`` or MXFP4's ``scales``."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that one scale of FP8 is for; None where one scale is for all."""

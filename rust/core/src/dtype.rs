@@ -183,9 +183,9 @@ impl Float {
     }
 }
 
-#[inline(always)]
 /// `value` as bfloat16, to nearest with ties to even; written out so that it compiles to vector instructions.
-fn bf16_bits(value: f32) -> u16 {
+#[inline(always)]
+pub(crate) fn bf16_bits(value: f32) -> u16 {
     let bits = value.to_bits();
     if value.is_nan() {
         return (bits >> 16) as u16 | 0x0040; // quiet, and never rounded up to infinity

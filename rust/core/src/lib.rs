@@ -9,6 +9,7 @@
 
 pub mod digest;
 mod dtype;
+pub mod encoded;
 mod error;
 mod isa;
 mod job;

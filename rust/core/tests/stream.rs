@@ -10,7 +10,7 @@ use qpack_core::merge::{self, FactorNames};
 use qpack_core::pack::{self, Mode, Options, Packing, Part, Recipe};
 use qpack_core::safetensors::{Checkpoint, Layout, TensorSpec, Writer};
 use qpack_core::stream::{self, JOURNAL_NAME, Plan};
-use qpack_core::{Dtype, Error, Float, Job, digest, nf4};
+use qpack_core::{Dtype, Error, Float, Job, digest, encoded, nf4};
 use tempfile::tempdir;
 
 type Tensors<'a> = &'a [(&'a str, [u64; 2], Vec<f32>)];
@@ -41,7 +41,7 @@ fn part(name: &str, shape: &[u64], packing: Option<Packing>) -> Part {
 }
 
 fn recipe(source: &str, parts: Vec<Part>) -> Recipe {
-    Recipe { source: source.to_owned(), scale: None, parts }
+    Recipe { source: source.to_owned(), scale: None, block: None, parts }
 }
 
 /// Pack `w`, keep everything else.
@@ -290,5 +290,64 @@ proptest! {
             // the range of scales.
             prop_assert!((value - change - weights[index]).abs() < 0.16, "{} {} {}", value, change, weights[index]);
         }
+    }
+}
+
+#[test]
+fn encoded_sources_are_packed_as_what_they_decode_to() {
+    // FP8 of two experts of 160 x 200 in blocks of 128 x 128, and MXFP4 of two of 6 x 64.
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("source.safetensors");
+    let spec = |name: &str, dtype, shape: &[u64]| TensorSpec { name: name.into(), dtype, shape: shape.to_vec() };
+    let specs = [
+        spec("fp8", Dtype::F8E4M3, &[2, 160, 200]),
+        spec("fp8_scale", Dtype::F32, &[2, 2, 2]),
+        spec("mx", Dtype::U8, &[2, 6, 2, 16]),
+        spec("mx_scale", Dtype::U8, &[2, 6, 2]),
+    ];
+    let codes: Vec<u8> = (0..64_000_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8 & 0xbf).collect();
+    let scales: Vec<u8> = (1..9_u8).flat_map(|index| (f32::from(index) / 8.0).to_le_bytes()).collect();
+    let (mx, mx_scales) = (&codes[..384], &[120_u8, 121, 127, 130, 128, 90, 91, 92, 93, 94, 95, 96].repeat(2)[..]);
+    let writer = Writer::open(&path, Arc::new(Layout::new(specs.to_vec()))).unwrap();
+    for (index, bytes) in [&codes[..], &scales, mx, mx_scales].into_iter().enumerate() {
+        writer.write_at(index, 0, bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    let checkpoint = open(&[path]);
+
+    let mut fp8 = vec![0; 128_000];
+    let weight = encoded::fp8::Weight::open(
+        checkpoint.tensor("fp8").unwrap(),
+        checkpoint.tensor("fp8_scale").unwrap(),
+        Some([128, 128]),
+    );
+    weight.unwrap().read_scales().unwrap().decode_rows(&codes, 0, &mut fp8);
+    let mut decoded = vec![0; 1536];
+    encoded::mxfp4::decode(mx, mx_scales, &mut decoded);
+
+    let packing = Some(Packing { blocksize: 64, double_quant: false });
+    let parts = |name: &str, shape: &[u64], packing: Option<Packing>| {
+        let part = |matrix| Part { matrix, ..part(&format!("{name}{matrix}"), shape, packing) };
+        vec![part(0), Part { packing: None, ..part(1) }]
+    };
+    let recipes = [
+        Recipe {
+            scale: Some("fp8_scale".into()),
+            block: Some([128, 128]),
+            ..recipe("fp8", parts("f", &[160, 200], packing))
+        },
+        Recipe { scale: Some("mx_scale".into()), ..recipe("mx", parts("m", &[6, 64], packing)) },
+    ];
+    let plan = pack::plan(&checkpoint, &recipes, EXACT, u64::MAX).unwrap();
+    plan.write(dir.path(), "", 2, &Job::default()).unwrap();
+    let made = open(&[dir.path().join("model.safetensors")]);
+    for (name, floats) in [("f", &fp8), ("m", &decoded)] {
+        let (first, second) = floats.split_at(floats.len() / 2);
+        let mut codes = vec![0; first.len() / 4];
+        nf4::quantize(first, Float::BF16, 64, &mut vec![0.0; first.len() / 128], &mut codes).unwrap();
+        let read = |name: String| made.tensor(&name).unwrap().read().unwrap();
+        assert_eq!(read(format!("{name}0")), codes);
+        assert_eq!(read(format!("{name}1")), second);
+        assert_eq!(made.tensor(&format!("{name}1")).unwrap().info.dtype, Dtype::BF16);
     }
 }

@@ -3,7 +3,8 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use qpack_core::{Float, nested, nf4};
+use qpack_core::encoded::{fp8, mxfp4};
+use qpack_core::{Dtype, Float, nested, nf4};
 
 /// The float type that torch gives this name.
 pub fn float(dtype: &str) -> PyResult<Float> {
@@ -94,4 +95,38 @@ pub fn quantize_nested<'py>(
 #[pyfunction]
 pub fn nested_quant_map(py: Python<'_>) -> Bound<'_, PyBytes> {
     bytes(py, &*nested::QUANT_MAP, Float::F32)
+}
+
+#[pyfunction]
+pub fn decode_fp8<'py>(
+    py: Python<'py>,
+    codes: &[u8],
+    scales: &[u8],
+    scale_dtype: &str,
+    shape: Vec<u64>,
+    block: Option<[u64; 2]>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let dtype = || Dtype::parse(scale_dtype).ok_or_else(|| format!("no dtype {scale_dtype}"));
+    let scales = fp8::Grid::new(&shape, block).and_then(|grid| fp8::Scales::new(scales, dtype()?, grid));
+    let scales = scales.map_err(PyValueError::new_err)?;
+    if codes.len() as u64 != shape.iter().product::<u64>() {
+        let reason = format!("{} bytes are no weight of shape {shape:?}", codes.len());
+        return Err(PyValueError::new_err(reason));
+    }
+    PyBytes::new_with(py, 2 * codes.len(), |bytes| {
+        py.detach(|| scales.decode_rows(codes, 0, bytes));
+        Ok(())
+    })
+}
+
+#[pyfunction]
+pub fn decode_mxfp4<'py>(py: Python<'py>, blocks: &[u8], scales: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
+    if blocks.len() != scales.len() * mxfp4::GROUP / 2 {
+        let reason = format!("{} bytes of blocks do not belong to {} scales", blocks.len(), scales.len());
+        return Err(PyValueError::new_err(reason));
+    }
+    PyBytes::new_with(py, 4 * blocks.len(), |bytes| {
+        py.detach(|| mxfp4::decode(blocks, scales, bytes));
+        Ok(())
+    })
 }

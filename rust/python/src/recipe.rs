@@ -12,6 +12,7 @@ use crate::kernels::{check_blocksize, float};
 pub struct Recipe {
     source: String,
     scale: Option<String>,
+    block: Option<[u64; 2]>,
     parts: Vec<Part>,
 }
 
@@ -42,7 +43,7 @@ pub fn checked(recipes: Vec<Recipe>) -> PyResult<Vec<pack::Recipe>> {
 impl Recipe {
     fn check(self) -> PyResult<pack::Recipe> {
         let parts = self.parts.into_iter().map(Part::check).collect::<PyResult<_>>()?;
-        Ok(pack::Recipe { source: self.source, scale: self.scale, parts })
+        Ok(pack::Recipe { source: self.source, scale: self.scale, block: self.block, parts })
     }
 }
 

@@ -105,7 +105,7 @@ impl View {
         let fails = || {
             source.error(format!("has shape {shape:?}, which {} of shape {:?} is no part of", part.name, part.shape))
         };
-        let padded = if shape.is_empty() { scalar.to_vec() } else { shape.clone() };
+        let padded = if shape.is_empty() { scalar.to_vec() } else { shape.to_vec() };
         let Some(outer) = padded.len().checked_sub(wanted.len()) else { return Err(fails()) };
         let mut inner = padded[outer..].to_vec();
         if part.transpose {

@@ -71,6 +71,8 @@ pub struct Recipe {
     pub source: String,
     /// Name of the tensor that decodes it, where it is encoded.
     pub scale: Option<String>,
+    /// Rows and columns that an FP8 scale is for; None where one is for all.
+    pub block: Option<[u64; 2]>,
     /// In the order of their bytes in the source.
     pub parts: Vec<Part>,
 }
@@ -153,7 +155,7 @@ enum Output {
 impl<'a> Pack<'a> {
     fn new(checkpoint: &'a Checkpoint, recipe: &Recipe, options: Options) -> Result<Self> {
         let source = checkpoint.tensor(&recipe.source)?;
-        let encoding = Encoding::open(checkpoint, source, recipe.scale.as_deref())?;
+        let encoding = Encoding::open(checkpoint, recipe)?;
         let parts = recipe.parts.iter().map(|part| Ok((part.clone(), output(&source, &encoding, part, options)?)));
         let parts = parts.collect::<Result<Vec<_>>>()?;
         let chunks = chunks::split(&source, &encoding, &recipe.parts)?;
