@@ -40,6 +40,20 @@ bench: setup ## Run the benchmarks
 	cargo bench --quiet
 	$(BIN)/python -m pytest benches
 
+# Seconds for each fuzz target.
+FUZZ_SECONDS ?= 20
+
+.PHONY: fuzz
+fuzz: ## Fuzz what is read from files of others, a while each
+	@cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-fuzz
+	@for target in header index quant_state; do \
+		mkdir -p rust/fuzz/corpus/$$target; \
+		log=$$(RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir rust/fuzz --sanitizer none $$target \
+			rust/fuzz/corpus/$$target rust/fuzz/seeds/$$target -- -max_total_time=$(FUZZ_SECONDS) 2>&1) || \
+			{ echo "$$log"; exit 1; }; \
+		echo "$$target: $$(echo "$$log" | sed -n 's/^Done //p')"; \
+	done
+
 .PHONY: wheel
 wheel: setup ## Build an abi3 wheel into dist/
 	@$(BIN)/maturin build --release --quiet --out dist

@@ -43,11 +43,11 @@ impl TensorInfo {
     }
 }
 
-/// The tensors in the order of their bytes.
+/// The tensors of a file whose header is `json` and whose data has `data_len` bytes, in the order of their bytes.
 ///
 /// # Errors
 /// One line saying what is wrong, without the file's name.
-pub(super) fn parse(json: &[u8], data_len: u64) -> Result<Vec<TensorInfo>, String> {
+pub fn parse(json: &[u8], data_len: u64) -> Result<Vec<TensorInfo>, String> {
     let raw: RawHeader = serde_json::from_slice(json).map_err(|error| format!("header is not valid: {error}"))?;
     let mut tensors = raw.0.into_iter().map(|(name, entry)| entry.check(name)).collect::<Result<Vec<_>, _>>()?;
     tensors.sort_by(|a, b| (a.range.start, a.range.end, &a.name).cmp(&(b.range.start, b.range.end, &b.name)));

@@ -5,10 +5,12 @@
 
 mod checkpoint;
 mod header;
+mod index;
 mod reader;
 mod writer;
 
 pub use checkpoint::{Checkpoint, Tensor};
-pub use header::TensorInfo;
+pub use header::{TensorInfo, parse as parse_header};
+pub use index::parse_index;
 pub use reader::File;
 pub use writer::{Layout, TensorSpec, Writer};
