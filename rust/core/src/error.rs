@@ -32,6 +32,14 @@ pub enum Error {
         /// Index into the row-major flattened tensor.
         index: u64,
     },
+    /// A source file that should have been supplied was not (see [`crate::stream::Supply`]).
+    #[error("{}: {source}", path.display())]
+    Supply {
+        /// The file.
+        path: PathBuf,
+        /// What its supplier said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The caller asked to stop (see [`crate::Job::cancel`]).
     #[error("cancelled")]
     Cancelled,

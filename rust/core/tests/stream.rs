@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use qpack_core::merge::{self, FactorNames};
 use qpack_core::pack::{self, Mode, Options, Packing, Part, Recipe};
 use qpack_core::safetensors::{Checkpoint, Layout, TensorSpec, Writer};
-use qpack_core::stream::{self, JOURNAL_NAME, Plan};
+use qpack_core::stream::{self, JOURNAL_NAME, Plan, Supply};
 use qpack_core::{Dtype, Error, Float, Job, digest, encoded, nf4};
 use tempfile::tempdir;
 
@@ -66,7 +66,7 @@ fn a_cancelled_job_ends_without_a_file() {
     let plan = pack_w(&checkpoint, Packing { blocksize: 64, double_quant: true }, u64::MAX);
     let job = Job::default();
     job.cancel();
-    assert!(matches!(plan.write(dir.path(), "", 2, &job), Err(Error::Cancelled)));
+    assert!(matches!(plan.write(dir.path(), "", 2, &(), &job), Err(Error::Cancelled)));
     assert!(!dir.path().join("model.safetensors").exists());
 }
 
@@ -87,7 +87,7 @@ fn a_run_goes_on_where_an_interrupted_one_ended_and_trusts_nothing() {
     let run = |out: &Path, inputs| {
         fs::create_dir_all(out).unwrap();
         let plan = pack_w(&checkpoint, Packing { blocksize: 64, double_quant: true }, 16_384);
-        plan.write(out, inputs, 2, &Job::default()).unwrap()
+        plan.write(out, inputs, 2, &(), &Job::default()).unwrap()
     };
     let whole = dir.path().join("whole");
     let first = run(&whole, "x");
@@ -159,7 +159,7 @@ fn parts_are_cut_interleaved_and_transposed_out_of_a_fused_tensor() {
         let checkpoint = open(&[path.to_owned()]);
         let out = tempdir().unwrap();
         let plan = pack::plan(&checkpoint, &[recipe("x", parts.collect())], EXACT, u64::MAX).unwrap();
-        plan.write(out.path(), "", 2, &Job::default()).unwrap();
+        plan.write(out.path(), "", 2, &(), &Job::default()).unwrap();
         let made = open(&[out.path().join("model.safetensors")]);
         let read = |name: &str| made.tensor(name).unwrap().read().unwrap();
         (0..3).map(|expert| [read(&format!("gate{expert}")), read(&format!("up{expert}"))]).collect::<Vec<_>>()
@@ -185,6 +185,74 @@ fn parts_are_cut_interleaved_and_transposed_out_of_a_fused_tensor() {
     };
     assert_eq!(cut(&fused, false, even_odd, packing), codes(&interleaved));
     assert_eq!(cut(&swapped, true, halves, packing), codes(&contiguous));
+}
+
+/// Source files that are only there while they are needed.
+struct OneAtATime<'a> {
+    store: &'a Path,
+    calls: Mutex<Vec<String>>,
+}
+
+impl Supply for OneAtATime<'_> {
+    fn need(&self, file: &Path) -> qpack_core::Result<()> {
+        let name = file.file_name().unwrap();
+        let known = self.store.join(name);
+        if !known.exists() {
+            return Err(Error::Supply { path: file.to_owned(), source: "is not in the store".into() });
+        }
+        self.calls.lock().unwrap().push(format!("need {}", name.display()));
+        fs::copy(known, file).unwrap();
+        Ok(())
+    }
+
+    fn done(&self, file: &Path) -> qpack_core::Result<()> {
+        self.calls.lock().unwrap().push(format!("done {}", file.file_name().unwrap().display()));
+        fs::remove_file(file).unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn source_files_come_and_go_while_the_plan_is_carried_out() {
+    let dir = tempdir().unwrap();
+    let [store, source, out] = ["store", "source", "out"].map(|name| dir.path().join(name));
+    for path in [&store, &source, &out] {
+        fs::create_dir(path).unwrap();
+    }
+    for (file, tensor) in [("1", "a"), ("2", "w"), ("3", "c")] {
+        write_floats(&store.join(file), &[(tensor, [64, 64], ramp(4096, 0.002))], Float::F32);
+        // All that a plan needs: the header, and a file of the right length.
+        let bytes = fs::read(store.join(file)).unwrap();
+        let mut header = bytes[..bytes.len() - 4 * 4096].to_vec();
+        header.resize(bytes.len(), 0);
+        fs::write(source.join(file), header).unwrap();
+    }
+    let checkpoint = open(&["1", "2", "3"].map(|file| source.join(file)));
+    checkpoint.close();
+    let packing = Packing { blocksize: 64, double_quant: true };
+    let supply = OneAtATime { store: &store, calls: Mutex::default() };
+    let plan = pack_w(&checkpoint, packing, u64::MAX);
+    let written = plan.write(&out, "", 2, &supply, &Job::default()).unwrap();
+    let mut calls = supply.calls.into_inner().unwrap();
+    assert_eq!(calls[0], "need 1");
+    calls.sort();
+    assert_eq!(calls, ["done 1", "done 2", "done 3", "need 1", "need 2", "need 3"]);
+    assert_eq!(written.digests["a"], digest::of(&open(&[store.join("1")]).tensor("a").unwrap().read().unwrap()));
+
+    // A file that is not what the plan was made for, and one that cannot be had.
+    for (damage, reason) in [
+        (
+            &(|| write_floats(&store.join("2"), &[("x", [64, 64], ramp(4096, 0.1))], Float::F32)) as &dyn Fn(),
+            "is not the file that it was",
+        ),
+        (&|| fs::remove_file(store.join("2")).unwrap(), "is not in the store"),
+    ] {
+        damage();
+        let supply = OneAtATime { store: &store, calls: Mutex::default() };
+        let error = pack_w(&checkpoint, packing, u64::MAX).write(&out, reason, 1, &supply, &Job::default());
+        let message = error.unwrap_err().to_string();
+        assert!(message.contains(reason), "{message}");
+    }
 }
 
 #[test]
@@ -223,7 +291,7 @@ fn a_plan_knows_what_it_will_read_and_write() {
     let plan = pack_w(&checkpoint, Packing { blocksize: 128, double_quant: true }, u64::MAX);
     let job = Job::default();
     let (source_bytes, files) = (plan.source_bytes(), plan.files());
-    let written = plan.write(dir.path(), "", 2, &job).unwrap();
+    let written = plan.write(dir.path(), "", 2, &(), &job).unwrap();
     assert_eq!((job.done(), source_bytes), (4 * 3515, 4 * 3515));
     let path = dir.path().join("model.safetensors");
     assert_eq!(files, [("model.safetensors".to_owned(), fs::metadata(path).unwrap().len())]);
@@ -271,13 +339,13 @@ proptest! {
 
         let checkpoint = open(&[source]);
         let plan = pack_w(&checkpoint, Packing { blocksize, double_quant }, max_shard_bytes);
-        let files = plan.write(&packed_dir, "", 2, &Job::default()).unwrap().files;
+        let files = plan.write(&packed_dir, "", 2, &(), &Job::default()).unwrap().files;
         let packed = open(&files.iter().map(|file| packed_dir.join(file)).collect::<Vec<_>>());
 
         let adapter = open(&[adapter]);
         let factors = HashMap::from([("w".to_owned(), FactorNames { a: "a".into(), b: "b".into(), scale: 0.5 })]);
         let plan = merge::plan(&packed, &adapter, &factors, Float::F32, max_shard_bytes).unwrap();
-        let files = plan.write(&merged_dir, "", 2, &Job::default()).unwrap().files;
+        let files = plan.write(&merged_dir, "", 2, &(), &Job::default()).unwrap().files;
         let merged = open(&files.iter().map(|file| merged_dir.join(file)).collect::<Vec<_>>());
         prop_assert_eq!(merged.tensor("n").unwrap().read_floats().unwrap(), vec![1.0; 3]);
 
@@ -339,7 +407,7 @@ fn encoded_sources_are_packed_as_what_they_decode_to() {
         Recipe { scale: Some("mx_scale".into()), ..recipe("mx", parts("m", &[6, 64], packing)) },
     ];
     let plan = pack::plan(&checkpoint, &recipes, EXACT, u64::MAX).unwrap();
-    plan.write(dir.path(), "", 2, &Job::default()).unwrap();
+    plan.write(dir.path(), "", 2, &(), &Job::default()).unwrap();
     let made = open(&[dir.path().join("model.safetensors")]);
     for (name, floats) in [("f", &fp8), ("m", &decoded)] {
         let (first, second) = floats.split_at(floats.len() / 2);

@@ -61,7 +61,7 @@ pub fn pack(
     let plan =
         py.detach(|| qpack_core::pack::plan(&checkpoint, &recipes, options, max_shard_bytes)).map_err(to_python)?;
     let total = plan.source_bytes();
-    let work = |job: &_| plan.write(&directory, inputs, workers(threads), job);
+    let work = |job: &_| plan.write(&directory, inputs, workers(threads), &(), job);
     watch(py, total, on_progress.as_ref(), work).map(Written::from)
 }
 
@@ -108,6 +108,6 @@ pub fn merge(
     let plan =
         py.detach(|| qpack_core::merge::plan(&base, &adapter, &factors, to, max_shard_bytes)).map_err(to_python)?;
     let total = plan.source_bytes();
-    let work = |job: &_| plan.write(&directory, inputs, workers(threads), job);
+    let work = |job: &_| plan.write(&directory, inputs, workers(threads), &(), job);
     watch(py, total, on_progress.as_ref(), work).map(Written::from)
 }

@@ -5,6 +5,7 @@
 
 mod chunks;
 mod encoding;
+mod measure;
 mod run;
 mod weight;
 
@@ -13,6 +14,7 @@ use std::ops::Range;
 
 use chunks::Chunk;
 use encoding::Encoding;
+pub use measure::measure;
 use run::PackRun;
 
 use crate::quant_state::QuantState;

@@ -4,6 +4,7 @@ use std::fs;
 use std::num::NonZero;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Advice, fadvise};
 
@@ -17,8 +18,11 @@ const READ_AHEAD: NonZero<u64> = NonZero::new(16 << 20).unwrap();
 #[derive(Debug)]
 pub struct File {
     path: PathBuf,
-    handle: fs::File,
-    data_start: u64,
+    /// None between [`File::close`] and the next read.
+    handle: Mutex<Option<Arc<fs::File>>>,
+    /// Length in eight bytes and JSON, by which a file that is opened again is known.
+    header: Vec<u8>,
+    len: u64,
     tensors: Vec<TensorInfo>,
 }
 
@@ -29,25 +33,11 @@ impl File {
     /// [`Error::Io`], or [`Error::Malformed`] saying which rule of the format is broken.
     pub fn open(path: &Path) -> Result<Self> {
         let handle = fs::File::open(path).map_err(Error::io(path))?;
-        let file_len = handle.metadata().map_err(Error::io(path))?.len();
-        if file_len < 8 {
-            return Err(Error::malformed(path, format!("{file_len} bytes are too few for a safetensors file")));
-        }
-        let mut length = [0; 8];
-        handle.read_exact_at(&mut length, 0).map_err(Error::io(path))?;
-        let header_len = u64::from_le_bytes(length);
-        if header_len > header::MAX_HEADER_LEN {
-            let limit = header::MAX_HEADER_LEN;
-            return Err(Error::malformed(path, format!("header length {header_len} is over the limit of {limit}")));
-        }
-        let Some(data_len) = (file_len - 8).checked_sub(header_len) else {
-            let reason = format!("header of {header_len} bytes does not fit in a file of {file_len}: truncated?");
-            return Err(Error::malformed(path, reason));
-        };
-        let mut json = vec![0; header_len as usize];
-        handle.read_exact_at(&mut json, 8).map_err(Error::io(path))?;
-        let tensors = header::parse(&json, data_len).map_err(|reason| Error::malformed(path, reason))?;
-        Ok(Self { path: path.to_owned(), handle, data_start: 8 + header_len, tensors })
+        let len = handle.metadata().map_err(Error::io(path))?.len();
+        let header = read_header(path, &handle, len)?;
+        let data_len = len - header.len() as u64;
+        let tensors = header::parse(&header[8..], data_len).map_err(|reason| Error::malformed(path, reason))?;
+        Ok(Self { path: path.to_owned(), handle: Mutex::new(Some(Arc::new(handle))), header, len, tensors })
     }
 
     /// Where the file is.
@@ -60,11 +50,18 @@ impl File {
         &self.tensors
     }
 
+    /// Let go of the file: it may be replaced by one with the same header, which the next read opens.
+    pub fn close(&self) {
+        self.lock().take();
+    }
+
     /// Ask the system to read what stands behind the first `offset` bytes of `tensor` before it is needed.
     pub fn read_ahead(&self, tensor: &TensorInfo, offset: u64) {
-        let position = self.data_start + tensor.range.start + offset;
-        // Only advice: where it is not taken, reading is as it was.
-        let _ = fadvise(&self.handle, position, Some(READ_AHEAD), Advice::WillNeed);
+        let position = self.position(tensor, offset);
+        if let Ok(handle) = self.handle() {
+            // Only advice: where it is not taken, reading is as it was.
+            let _ = fadvise(&*handle, position, Some(READ_AHEAD), Advice::WillNeed);
+        }
     }
 
     /// Fill `buffer` with the bytes of `tensor` from its byte `offset` on.
@@ -76,7 +73,49 @@ impl File {
     /// If the bytes asked for leave the tensor.
     pub fn read_at(&self, tensor: &TensorInfo, offset: u64, buffer: &mut [u8]) -> Result<()> {
         assert!(offset + buffer.len() as u64 <= tensor.bytes(), "read leaves tensor {}", tensor.name);
-        let position = self.data_start + tensor.range.start + offset;
-        self.handle.read_exact_at(buffer, position).map_err(Error::io(&self.path))
+        let position = self.position(tensor, offset);
+        self.handle()?.read_exact_at(buffer, position).map_err(Error::io(&self.path))
     }
+
+    fn position(&self, tensor: &TensorInfo, offset: u64) -> u64 {
+        self.header.len() as u64 + tensor.range.start + offset
+    }
+
+    fn handle(&self) -> Result<Arc<fs::File>> {
+        let mut handle = self.lock();
+        if let Some(handle) = &*handle {
+            return Ok(handle.clone());
+        }
+        let opened = fs::File::open(&self.path).map_err(Error::io(&self.path))?;
+        let len = opened.metadata().map_err(Error::io(&self.path))?.len();
+        if len != self.len || read_header(&self.path, &opened, len)? != self.header {
+            return Err(Error::malformed(&self.path, "is not the file that it was when its header was read"));
+        }
+        Ok(handle.insert(Arc::new(opened)).clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<fs::File>>> {
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The first bytes of a file of `file_len` bytes: the header's length and the header.
+fn read_header(path: &Path, handle: &fs::File, file_len: u64) -> Result<Vec<u8>> {
+    if file_len < 8 {
+        return Err(Error::malformed(path, format!("{file_len} bytes are too few for a safetensors file")));
+    }
+    let mut length = [0; 8];
+    handle.read_exact_at(&mut length, 0).map_err(Error::io(path))?;
+    let header_len = u64::from_le_bytes(length);
+    if header_len > header::MAX_HEADER_LEN {
+        let limit = header::MAX_HEADER_LEN;
+        return Err(Error::malformed(path, format!("header length {header_len} is over the limit of {limit}")));
+    }
+    if file_len - 8 < header_len {
+        let reason = format!("header of {header_len} bytes does not fit in a file of {file_len}: truncated?");
+        return Err(Error::malformed(path, reason));
+    }
+    let mut header = vec![0; 8 + header_len as usize];
+    handle.read_exact_at(&mut header, 0).map_err(Error::io(path))?;
+    Ok(header)
 }

@@ -32,7 +32,7 @@ use shard::Shard;
 pub use shard::Sink;
 
 use crate::digest;
-use crate::safetensors::{Tensor, TensorSpec};
+use crate::safetensors::{File, Tensor, TensorSpec};
 use crate::{Error, Job, Result};
 
 /// Elements that a worker computes with at a time; a multiple of every blocksize.
@@ -99,6 +99,27 @@ pub struct WeightError {
     pub worst_block: u64,
 }
 
+/// Who sees to it that source files are there when they are read. `()` is for files that are.
+pub trait Supply: Sync {
+    /// `file` is going to be read.
+    ///
+    /// # Errors
+    /// [`Error::Supply`] if it cannot be had.
+    fn need(&self, _file: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    /// `file` will not be read any more.
+    ///
+    /// # Errors
+    /// [`Error::Supply`].
+    fn done(&self, _file: &Path) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Supply for () {}
+
 /// Files to write, each with its recipes.
 pub struct Plan<'a> {
     shards: Vec<Shard>,
@@ -110,6 +131,13 @@ struct Planned<'a> {
     outputs: Vec<TensorSpec>,
     /// Index of the shard, and of the first output in it.
     place: (usize, usize),
+}
+
+impl Planned<'_> {
+    /// The source files that are read.
+    fn files(&self) -> impl Iterator<Item = &File> {
+        std::iter::once(self.recipe.source()).chain(self.recipe.beside()).map(|tensor| tensor.file)
+    }
 }
 
 /// What [`Plan::write`] wrote.
@@ -189,11 +217,15 @@ impl<'a> Plan<'a> {
     ///
     /// # Panics
     /// If a recipe panics, or if two recipes read one source tensor.
-    pub fn write(self, dir: &Path, inputs: &str, threads: usize, job: &Job) -> Result<Written> {
+    pub fn write(self, dir: &Path, inputs: &str, threads: usize, supply: &dyn Supply, job: &Job) -> Result<Written> {
         let sources: HashSet<_> = self.recipes.iter().map(|planned| &planned.recipe.source().info.name).collect();
         assert_eq!(sources.len(), self.recipes.len(), "two recipes read one source tensor");
+        let mut files: HashMap<&Path, AtomicUsize> = HashMap::new();
+        for file in self.recipes.iter().flat_map(Planned::files) {
+            *files.entry(file.path()).or_default().get_mut() += 1;
+        }
         let journal = Journal::open(dir, &self.key(inputs))?;
-        let work = Work { plan: &self, dir, journal, queue: Queue::new(2 * threads + 2), job };
+        let work = Work { plan: &self, dir, journal, queue: Queue::new(2 * threads + 2), supply, files, job };
         thread::scope(|scope| {
             let flusher = scope.spawn(|| work.flush());
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work.compute())).collect();
@@ -287,6 +319,9 @@ struct Work<'w> {
     dir: &'w Path,
     journal: Journal,
     queue: Queue<Arc<Running<'w>>>,
+    supply: &'w dyn Supply,
+    /// How many recipes still need a source file.
+    files: HashMap<&'w Path, AtomicUsize>,
     job: &'w Job,
 }
 
@@ -316,10 +351,11 @@ impl<'w> Work<'w> {
             if writer.digests(planned.place.1, planned.outputs.len())? == entry.outputs {
                 self.queue.count_resumed(source.info.bytes());
                 self.job.advance(source.info.bytes())?;
-                return shard.recipe_done();
+                return self.recipe_done(planned);
             }
             self.journal.forget(&source.info.name);
         }
+        planned.files().try_for_each(|file| self.supply.need(file.path()))?;
         let chunks = planned.recipe.chunks();
         let (left, last) = (AtomicUsize::new(chunks.len()), chunks.len().saturating_sub(1));
         let run = planned.recipe.start()?;
@@ -396,7 +432,18 @@ impl<'w> Work<'w> {
         };
         let source = running.planned.recipe.source().info.name.clone();
         self.journal.add(Entry { source, sources, outputs, errors: running.run.errors() })?;
-        self.plan.shards[shard].recipe_done()
+        self.recipe_done(running.planned)
+    }
+
+    /// Let go of what only this recipe still needed.
+    fn recipe_done(&self, planned: &Planned<'_>) -> Result<()> {
+        for file in planned.files() {
+            if self.files[file.path()].fetch_sub(1, Ordering::AcqRel) == 1 {
+                file.close();
+                self.supply.done(file.path())?;
+            }
+        }
+        self.plan.shards[planned.place.0].recipe_done()
     }
 
     /// Flush what has been written now and then, so that little is left to flush at the end.
