@@ -17,6 +17,7 @@ from qpack.companions import copy_companions, write_config
 from qpack.errors import CheckpointError
 from qpack.inspection import Inspection, inspect
 from qpack.output import new_directory
+from qpack.plan import Packing
 from qpack.sizes import parse_size
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def convert(
         raise ValueError(f"blocksize is {blocksize}, expected one of {', '.join(map(str, _core.BLOCKSIZES))}")
     max_shard_bytes = parse_size(max_shard_size)
     checkpoint = Checkpoint.open(source)
-    weights = modules.packable(checkpoint)
+    weights = _dense(checkpoint, Packing(blocksize, double_quant))
     config = dict(checkpoint.config) | {"quantization_config": _quantization_config(checkpoint, weights, double_quant)}
     for name, info in checkpoint.tensors.items():
         logger.debug("%s %s %s %s", "pack" if name in weights else "keep", name, info.dtype, info.shape)
@@ -81,6 +82,15 @@ def convert(
         copy_companions(checkpoint.directory, partial)
         write_config(partial, config)
     return ConvertReport(checkpoint.tensor_bytes, inspect(destination), time.monotonic() - start)
+
+
+def _dense(checkpoint: Checkpoint, packing: Packing) -> dict[str, tuple[int, ...]]:
+    """The weights to pack, by their names in the source."""
+    planned = modules.plan(checkpoint, packing=packing)
+    for recipe in planned.recipes:
+        if recipe.scale or len(recipe.parts) > 1 or recipe.parts[0].transpose or recipe.parts[0].name != recipe.source:
+            raise CheckpointError(f"{checkpoint.directory}: cannot pack {recipe.source}, which changes its layout")
+    return planned.packed
 
 
 def _quantization_config(
