@@ -85,7 +85,12 @@ def read_anatomy(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
             roles[name] = _gpt_oss_experts(fused["module"], fused["leaf"], fused["bias"])
     if all(isinstance(role, Kept) or role.keep for role in roles.values()):
         return None
-    return Anatomy(roles, OUTPUT_EMBEDDING, bool(config.get("tie_word_embeddings", family in _TIED)))
+    return Anatomy(
+        roles,
+        output=OUTPUT_EMBEDDING,
+        tied=bool(config.get("tie_word_embeddings", family in _TIED)),
+        unstored=frozenset({OUTPUT_EMBEDDING} if f"{OUTPUT_EMBEDDING}.weight" not in shapes else ()),
+    )
 
 
 def _layer_weight(family: str, layer: str, rest: str) -> Role:

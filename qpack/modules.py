@@ -19,7 +19,7 @@ from qpack.encoded import FLOATS, Source, read_sources
 from qpack.errors import CheckpointError
 from qpack.families import OUTPUT_EMBEDDING as OUTPUT_EMBEDDING
 from qpack.plan import Packing, Part, Recipe
-from qpack.roles import OUTPUT, TOWERS, Anatomy, Experts, Kept, Linear, Role, why_kept
+from qpack.roles import OUTPUT, ROUTER, TOWERS, Anatomy, Experts, Kept, Linear, Role, why_kept
 from qpack.rules import DTYPES, Rules
 from qpack.skipping import fused_module, skip_modules, towers
 
@@ -317,15 +317,13 @@ def _skipped(config_path: Path, drafts: list[_Draft], anatomy: Anatomy) -> tuple
     """The list for what is kept: Linear modules and routers by all their names, other towers as a whole."""
     packed = [draft for draft in drafts if draft.part.packing is not None]
     kept = [draft for draft in drafts if draft.part.packing is None]
-    linears = {name for draft in kept if isinstance(draft.role, Linear) for name in _modules(draft)}
-    if anatomy.output not in {name for draft in packed for name in _modules(draft)}:
-        linears.add(anatomy.output)  # it may be tied and so not stored
-    routers = {name for draft in kept if isinstance(draft.role, Kept) for name in _modules(draft)}
+    linears = {name for draft in kept if isinstance(draft.role, Linear) for name in _modules(draft)} | anatomy.unstored
+    routers = {name for draft in kept if draft.part.reason == ROUTER for name in _modules(draft)}
     outside = {name for draft in kept if draft.part.reason in TOWERS for name in _modules(draft)}
     inside = {name for draft in packed for name in _modules(draft)}
     wanted = (linears | routers) - outside | towers(outside, inside)
     replaced = [draft.role.module for draft in packed if isinstance(draft.role, Linear)]
-    entries, clashes = skip_modules(wanted - {""}, replaced)
+    entries, clashes = skip_modules(wanted, replaced)
     for entry, module in clashes:
         if entry in linears:
             found = f"{entry} cannot be kept while {module} is packed: transformers skips all that starts so"

@@ -68,6 +68,8 @@ class Anatomy:
     """Name of the output embedding's module; empty if the model has none."""
     tied: bool
     """Whether the output embedding is the input embedding."""
+    unstored: frozenset[str]
+    """Linear modules without a tensor of their own: tied, or made from another's."""
     names: Mapping[str, str] = field(default_factory=dict)
     """New names of tensors that are stored under names that only transformers knows."""
 

@@ -8,6 +8,7 @@ loading. So entries are full names, in transformers' form, in the hub's form, an
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 # The modules that vLLM fuses into one, by its name for that (``packed_modules_mapping`` of its models).
@@ -44,9 +45,11 @@ def skip_modules(kept: Iterable[str], packed: Collection[str]) -> tuple[list[str
 
     Returns the entries, sorted, and those left out, each with a packed module that transformers would skip for it.
     """
-    wanted = sorted({name for module in kept for name in (module, fused_module(module))})
+    wanted = set(kept)
+    aliases = Counter(fused_module(module) for module in wanted)
+    wanted.update(alias for alias, parts in aliases.items() if parts > 1)
     entries, clashes = [], []
-    for entry in wanted:
+    for entry in sorted(wanted):
         hit = next((module for module in packed if skips(entry, module)), None)
         if hit is None:
             entries.append(entry)

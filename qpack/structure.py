@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qpack.errors import CheckpointError
 from qpack.quiet import quiet_libraries
 from qpack.roles import OUTPUT, PROJECTOR, ROUTER, Anatomy, Experts, Kept, Linear, Role, router_block
+from qpack.skipping import skips
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,19 +54,21 @@ def read_anatomy(config_path: Path, config: Mapping[str, Any], shapes: Mapping[s
     modules = dict(model.named_modules())
     roles: dict[str, Role] = {}
     lacking = {key for key, linear in linears.items() if not linear.keep}
+    unstored = {linear.module for linear in linears.values()}
     for name, shape in sorted(shapes.items()):
-        key, converted = landing.find(name)
-        lacking.discard(key)
+        (key, *more), converted = landing.find(name)
+        lacking.difference_update((key, *more))
         path, _, leaf = key.rpartition(".")
         if linear := linears.get(key):
             if converted and not linear.keep:
                 linear = Linear(linear.module, keep="transformers stores it in another layout")
             roles[name] = linear
+            unstored.discard(linear.module)
         elif reason := outside.reason(path):
             roles[name] = Kept(path, reason)
         elif _has_experts(modules.get(path)):
             roles[name] = _experts(landing, name, shape, path, modules[path], leaf)
-        elif leaf == "weight" and router_block(path) in blocks:
+        elif leaf == "weight" and len(shape) == 2 and router_block(path) in blocks:
             roles[name] = Kept(path, ROUTER)
     if lacking:
         raise CheckpointError(f"{config_path}: no tensor for {min(lacking)} of {type(model).__name__}")
@@ -75,6 +78,7 @@ def read_anatomy(config_path: Path, config: Mapping[str, Any], shapes: Mapping[s
         roles={name: roles[name] for name in shapes if name in roles},
         output=output,
         tied=f"{output}.weight" in model.all_tied_weights_keys,
+        unstored=frozenset(unstored),
         names=landing.hub_names(shapes) if fused else {},
     )
 
@@ -103,12 +107,19 @@ def _build(path: Path, config: Mapping[str, Any]) -> "PreTrainedModel":
                 found = mapping.get(type(parsed), ())
                 classes += found if isinstance(found, tuple) else [found]
             named = [found for found in classes if found.__name__ in (config.get("architectures") or ())]
-            model: PreTrainedModel | None = (named or classes)[0]._from_config(parsed) if classes else None
+            model = _instance((named or classes)[0], parsed) if classes else None
     except Exception as error:  # 200 families fail on wrong values in as many ways
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: transformers cannot build the model: {reason}") from None
     if model is None:
         raise CheckpointError(f"{path}: model_type is {kind!r}, of which transformers builds no language model")
+    return model
+
+
+def _instance(kind: Any, config: Any) -> "PreTrainedModel":
+    """A model of the class ``kind``, which may be that of the text tower alone."""
+    fits = isinstance(config, kind.config_class)
+    model: PreTrainedModel = kind._from_config(config if fits else config.get_text_config())
     return model
 
 
@@ -132,15 +143,19 @@ class _Landing:
             [entry for entry in reverse if isinstance(entry, WeightConverter)],
         )
 
-    def find(self, name: str) -> tuple[str, bool]:
-        """The parameter that ``name`` becomes, and whether by a change of layout."""
+    def find(self, name: str) -> tuple[tuple[str, ...], bool]:
+        """The parameters that ``name`` becomes, and whether by a change of layout."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self._model.base_model_prefix
         key, pattern = rename_source_key(name, *self._forward, prefix, self._state)
         if key not in self._state and name in self._state:
-            return name, False
-        return key, pattern is not None
+            return (name,), False
+        if pattern is None:
+            return (key,), False
+        converter = next(entry for entry in self._forward[1] if pattern in entry.source_patterns)
+        first, *_ = converter.target_patterns
+        return tuple(key.replace(first, target) for target in converter.target_patterns), True
 
     def per_expert(self, key: str) -> tuple[str, ...]:
         """The names on the hub, with ``*`` for the number, of the weights that make up the fused parameter ``key``."""
@@ -159,9 +174,9 @@ class _Landing:
 
         found = {}
         for name in names:
-            key, converted = self.find(name)
+            (key, *_), converted = self.find(name)
             hub, _ = rename_source_key(key, *self._back, reverse=True)
-            if hub != name and not converted and "*" not in hub and self.find(hub) == (key, False):
+            if hub != name and not converted and "*" not in hub and self.find(hub) == ((key,), False):
                 found[name] = hub
         return found
 
@@ -198,6 +213,7 @@ def _linears(model: "PreTrainedModel", outside: _Outside) -> Iterator[tuple[str,
 
     tied = {source: key for key, source in model.all_tied_weights_keys.items()} | dict(model.all_tied_weights_keys)
     output = model.get_output_embeddings()
+    entry = next((name for name, module in model.named_modules() if module is output), None)
     blocks = _expert_blocks(model)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D):
@@ -208,6 +224,8 @@ def _linears(model: "PreTrainedModel", outside: _Outside) -> Iterator[tuple[str,
             keep = OUTPUT
         elif reason := outside.reason(name):
             keep = reason
+        elif entry is not None and skips(entry, name):
+            keep = f"transformers skips it with {entry}"
         elif f"{name}.weight" in tied:
             keep = f"tied to {tied[f'{name}.weight']}"
         elif router_block(name) in blocks:
