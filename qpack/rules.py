@@ -23,6 +23,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         """Whether the pattern matches the whole of ``name``."""
-        return re.match(fnmatch.translate(self.match), name) is not None
+        return _regex(self.match).match(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,11 @@ class Rules:
     def error(self, index: int, message: str) -> DataError:
         """What is wrong with a rule, to be raised."""
         return DataError(f"{self.path}: rule {index + 1} ({self.rules[index].match!r}) {message}")
+
+
+@cache
+def _regex(glob: str) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(glob))
 
 
 def _rule(path: Path, number: int, entry: Any) -> Rule:

@@ -39,10 +39,15 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def meta_model(family: str, config: PreTrainedConfig | None = None, **settings: Any) -> PreTrainedModel:
-    """The model that AutoModelForCausalLM builds for ``config``, or for one of ``family`` with ``settings``."""
+def meta_model(family: str, **settings: Any) -> PreTrainedModel:
+    """The model that AutoModelForCausalLM builds for a configuration of ``family``."""
+    with quiet():
+        return meta_model_of(AutoConfig.for_model(family, **settings))
+
+
+def meta_model_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that AutoModelForCausalLM builds for ``config``."""
     with quiet(), torch.device("meta"):
-        config = config or AutoConfig.for_model(family, **settings)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model
 
