@@ -182,7 +182,7 @@ BAD_SOURCES = {
     "no config": (lambda s: (s / "config.json").unlink(), r"source/config\.json: no such file"),
     "config is no JSON": (lambda s: (s / "config.json").write_text("{"), r"config\.json: not valid JSON"),
     "config is a list": (lambda s: (s / "config.json").write_text("[]"), "expected a JSON object, found list"),
-    "unknown family": (lambda s: edit_config(s, model_type="bert"), "model_type is 'bert', expected one of gemma"),
+    "unknown family": (lambda s: edit_config(s, model_type="bert"), r"config\.json: no tensor for bert\.encoder"),
     "quantized": (
         lambda s: edit_config(s, quantization_config={"quant_method": "fp8"}),
         r"quantized already \(fp8\)",

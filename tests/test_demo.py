@@ -13,7 +13,8 @@ from qpack.demo import DemoReport
 from qpack.demo.model import write_model
 from qpack.demo.skills import SKILLS, orders, write_examples
 from qpack.errors import CheckpointError
-from qpack.modules import packable
+from qpack.modules import plan
+from qpack.plan import Packing
 
 
 def report(**changes: Any) -> DemoReport:
@@ -51,7 +52,7 @@ def test_the_model_is_an_ordinary_sharded_checkpoint(model: str | None, llama: P
     assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
     assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}
     assert "quantization_config" not in checkpoint.config
-    assert len(packable(checkpoint)) == 7 * checkpoint.config["num_hidden_layers"]
+    assert len(plan(checkpoint, packing=Packing()).packed) == 7 * checkpoint.config["num_hidden_layers"]
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
     if model:
         assert checkpoint.tensors.keys() == Checkpoint.open(llama).tensors.keys()
