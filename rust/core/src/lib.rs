@@ -7,6 +7,8 @@
 
 #![cfg_attr(test, allow(clippy::float_cmp, reason = "the tests are about exact values"))]
 
+pub mod compare;
+pub mod digest;
 mod dtype;
 mod error;
 mod isa;
@@ -18,7 +20,9 @@ pub mod nf4;
 pub mod pack;
 pub mod quant_state;
 pub mod safetensors;
+pub mod statistics;
 pub mod stream;
+pub mod verify;
 
 pub use dtype::{Dtype, Float};
 pub use error::{Error, Result};

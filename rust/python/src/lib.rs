@@ -7,6 +7,7 @@
 mod errors;
 mod kernels;
 mod read;
+mod verify;
 mod watch;
 mod write;
 
@@ -21,6 +22,10 @@ mod _core {
     use crate::kernels::{dequantize_nf4, nested_quant_map, quantize_nested, quantize_nf4};
     #[pymodule_export]
     use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_packed};
+    #[pymodule_export]
+    use crate::verify::{
+        Comparison, WeightStatistics, broken_weights, compare_packed, digest_tensors, fingerprint, weight_statistics,
+    };
     #[pymodule_export]
     use crate::write::{Written, merge, pack};
 
