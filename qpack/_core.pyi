@@ -128,6 +128,9 @@ class Comparison:
     @property
     def first_difference(self) -> int | None:
         """Flat index of the first element of a kept tensor that is not its source, rounded once to the stored dtype."""
+    @property
+    def problem(self) -> str | None:
+        """Why the two cannot be compared, if they cannot: other shapes, other types, a source that is not finite."""
 
 def compare_packed(
     paths: Sequence[str | PathLike[str]],
@@ -139,7 +142,7 @@ def compare_packed(
 ) -> list[Comparison]:
     """Compare the weights of the files ``paths`` with the tensors of ``sources`` that they were made from.
 
-    ``pairs`` gives the name of each in the packed files and in the sources. Equal numbers of elements are required.
+    ``pairs`` gives the name of each in the packed files and in the sources.
     """
 
 @final

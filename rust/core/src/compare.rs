@@ -64,22 +64,28 @@ pub struct Distance {
 /// Compare the weight `name` of `stored` with the tensor `original`. Progress is counted in the source's bytes.
 ///
 /// # Errors
-/// [`crate::Error::Malformed`] if the numbers of elements differ, or types that cannot be compared, or the source of a packed
-/// weight is not finite; [`crate::Error::Io`], [`crate::Error::Cancelled`].
+/// [`crate::Error::Malformed`] if the shapes differ, the types cannot be compared, or the source of a packed weight is
+/// not finite; [`crate::Error::Io`], [`crate::Error::Cancelled`].
 pub fn compare(stored: &Checkpoint, name: &str, original: Tensor<'_>, job: &Job) -> Result<Found> {
     if Packed::is(stored, name) {
         original.float()?;
+        same_shape(stored.tensor(name)?, &Packed::open(stored, name)?.state().shape, &original)?;
         let distance = distance(stored, name, &original, original.info.dtype.size(), job)?;
         return distance.map(Found::Packed).ok_or_else(|| original.error("holds values that are not finite"));
     }
-    first_difference(stored.tensor(name)?, original, job).map(Found::Kept)
+    let kept = stored.tensor(name)?;
+    same_shape(kept, &kept.info.shape, &original)?;
+    first_difference(kept, original, job).map(Found::Kept)
 }
 
 /// How far the packed weight `name` is from `original`, whose elements have `size` bytes each; None if a value of it is
 /// not finite.
 ///
 /// # Errors
-/// As [`compare`].
+/// As [`Packed::open`]; [`crate::Error::Io`], [`crate::Error::Cancelled`].
+///
+/// # Panics
+/// If the numbers of elements differ.
 pub fn distance(
     stored: &Checkpoint,
     name: &str,
@@ -90,7 +96,7 @@ pub fn distance(
     let codes = stored.tensor(name)?;
     let packed = Packed::open(stored, name)?;
     let (blocksize, total) = (packed.state().blocksize, packed.state().elements());
-    same_length(codes, total, original.elements())?;
+    assert_eq!(total, original.elements(), "{name} and its source differ in number");
     let scales = packed.read_scales()?;
     let chunks = (0..total.div_ceil(CHUNK as u64)).into_par_iter();
     let parts = chunks.map_init(Scratch::default, |Scratch { bytes, decoded, values }, chunk| {
@@ -152,7 +158,6 @@ fn ratio(differences: f64, values: f64) -> f64 {
 
 fn first_difference(kept: Tensor<'_>, original: Tensor<'_>, job: &Job) -> Result<Option<u64>> {
     let total = kept.info.elements();
-    same_length(kept, total, original.info.elements())?;
     let (to, from) = (kept.info.dtype, original.info.dtype);
     let floats = Float::from_dtype(to).zip(Float::from_dtype(from));
     if to != from && floats.is_none() {
@@ -186,11 +191,11 @@ fn first_difference(kept: Tensor<'_>, original: Tensor<'_>, job: &Job) -> Result
     Ok((first_different != u64::MAX).then_some(first_different))
 }
 
-fn same_length(stored: Tensor<'_>, elements: u64, expected: u64) -> Result<()> {
-    if elements == expected {
+fn same_shape(stored: Tensor<'_>, shape: &[u64], original: &Tensor<'_>) -> Result<()> {
+    if shape == original.info.shape {
         return Ok(());
     }
-    Err(stored.error(format!("has {elements} elements, its source {expected}")))
+    Err(stored.error(format!("has shape {shape:?}, its source {:?}", original.info.shape)))
 }
 
 /// Buffers that a thread keeps from chunk to chunk.

@@ -50,6 +50,7 @@ pub fn broken_weights(py: Python<'_>, paths: Vec<PathBuf>) -> PyResult<Vec<(Stri
 }
 
 #[pyclass(frozen, get_all, module = "qpack._core")]
+#[derive(Default)]
 pub struct Comparison {
     name: String,
     packed: bool,
@@ -57,18 +58,21 @@ pub struct Comparison {
     worst: f64,
     worst_block: u64,
     first_difference: Option<u64>,
+    problem: Option<String>,
 }
 
-impl Comparison {
-    fn new(name: String, found: Found) -> Self {
-        let nothing = Distance { relative: 0.0, worst: 0.0, worst_block: 0 };
-        let (packed, distance, first_difference) = match found {
-            Found::Packed(distance) => (true, distance, None),
-            Found::Kept(first_difference) => (false, nothing, first_difference),
-        };
-        let Distance { relative, worst, worst_block } = distance;
-        Self { name, packed, relative, worst, worst_block, first_difference }
-    }
+/// What was found of the weight `name`; a pair that cannot be compared is a finding too.
+fn comparison(name: String, found: Result<Found>) -> Result<Comparison> {
+    Ok(match found {
+        Ok(Found::Packed(Distance { relative, worst, worst_block })) => {
+            Comparison { name, packed: true, relative, worst, worst_block, ..Comparison::default() }
+        }
+        Ok(Found::Kept(first_difference)) => Comparison { name, first_difference, ..Comparison::default() },
+        Err(error @ Error::Malformed { .. }) => {
+            Comparison { name, problem: Some(error.to_string()), ..Comparison::default() }
+        }
+        Err(error) => return Err(error),
+    })
 }
 
 #[pyfunction]
@@ -86,13 +90,12 @@ pub fn compare_packed(
     let pairs = pairs.into_iter().map(|(name, source)| Ok((name, originals.tensor(&source)?)));
     let pairs = pairs.collect::<Result<Vec<_>>>().map_err(to_python)?;
     let total = pairs.iter().map(|(_, original)| original.info.bytes()).sum();
-    let found = watch(py, threads, total, on_progress.as_ref(), |job| {
-        pairs
-            .par_iter()
-            .map(|(name, original)| compare::compare(&stored, name, *original, job))
-            .collect::<Result<Vec<_>>>()
-    })?;
-    Ok(pairs.into_iter().zip(found).map(|((name, _), found)| Comparison::new(name, found)).collect())
+    watch(py, threads, total, on_progress.as_ref(), |job| {
+        let found = pairs.par_iter();
+        found
+            .map(|(name, original)| comparison(name.clone(), compare::compare(&stored, name, *original, job)))
+            .collect()
+    })
 }
 
 #[pyclass(frozen, get_all, module = "qpack._core")]
