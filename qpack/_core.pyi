@@ -13,6 +13,7 @@ from typing import final
 __all__ = [
     "BLOCKSIZES",
     "ISA",
+    "LEVELS",
     "SUFFIXES",
     "Comparison",
     "PackedInfo",
@@ -43,6 +44,9 @@ ISA: str
 
 BLOCKSIZES: tuple[int, ...]
 """Weights per block scale that bitsandbytes accepts."""
+
+LEVELS: tuple[float, ...]
+"""The 16 values that NF4 has for a weight over its block's scale, ascending."""
 
 SUFFIXES: tuple[str, ...]
 """What the names of the tensors beside a packed weight add to its own name."""

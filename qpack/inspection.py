@@ -19,7 +19,7 @@ from qpack.errors import CheckpointError
 from qpack.manifest import MANIFEST_NAME, Manifest, WeightError
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(?:\d+\.)?(.+)")
+_EXPERT = re.compile(r"\.experts\.(?:(\d+)\.)?(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class TensorReport:
         """The role that the weight has in every layer: ``q_proj``, ``experts.up_proj``, ``norm``, ``q_proj.bias``."""
         path = self.name.removesuffix(".weight")
         if expert := _EXPERT.search(path):
-            return f"experts.{expert[1]}"
+            return f"experts.{expert[2]}"
         *_, module = path.removesuffix(".bias").split(".")
         if "norm" in module:
             return "norm"
@@ -67,6 +67,12 @@ class TensorReport:
         """Index of the layer that it is in, if in one."""
         found = _LAYER.search(self.name)
         return int(found[1]) if found else None
+
+    @property
+    def expert(self) -> int | None:
+        """Index of the expert that it is of, if of one."""
+        found = _EXPERT.search(self.name)
+        return int(found[1]) if found and found[1] else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,21 +4,17 @@ On a terminal, bold and dim; in a pipe plain lines, as wide as the longest name 
 """
 
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qpack._core import LEVELS
 from qpack.inspection import Examination, Inspection, Kind, TensorReport
 from qpack.sizes import format_size
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.table import Table
-
-LEVELS = (
-    "-1.0000", "-0.6962", "-0.5251", "-0.3949", "-0.2844", "-0.1848", "-0.0911", "0.0000",
-    "0.0796", "0.1609", "0.2461", "0.3379", "0.4407", "0.5626", "0.7230", "1.0000",
-)  # fmt: skip
-"""The NF4 levels, to four digits."""
 
 
 def summary(inspection: Inspection) -> dict[str, str]:
@@ -35,14 +31,16 @@ def summary(inspection: Inspection) -> dict[str, str]:
         source = made.source
         at = f" at {source['revision']}" if source.get("revision") else ""
         lines["source"] = f"{source.get('name', 'unnamed')}{at}, {format_size(int(source.get('bytes', 0)))}"
-        options = ", ".join(f"{key.replace('_', ' ')} {_option(value)}" for key, value in made.options.items())
-        lines["options"] = f"{options} (qpack {made.version})"
+        lines["options"] = f"{_options(made.options)} (qpack {made.version})"
         lines["fingerprint"] = made.fingerprint
     return lines
 
 
 HEADINGS = ("kind", "count", "shape", "stored as", "weights", "size", "bits", "error", "worst")
 """Columns of the table by kind; the last two only where errors are known."""
+
+NUMERIC = frozenset({"count", "weights", "size", "bits", "error"})
+"""Columns whose cells are flush right."""
 
 
 def row(kind: Kind) -> tuple[str, ...]:
@@ -70,140 +68,126 @@ def total(inspection: Inspection) -> tuple[str, ...]:
     return ("in all", str(len(inspection.tensors)), "", "", f"{inspection.weights:,}", size, bits, error, "")
 
 
+_DISPENSABLE = ("weights", "worst", "shape", "count")
+"""Columns to leave out, one after the other, until the table fits a narrow terminal."""
+
+
 def print_inspection(inspection: Inspection, *, quiet: bool) -> None:
     """Print summary and table; the summary alone with ``quiet``."""
     console = _console()
-    console.print(f"[bold]{_escape(str(inspection.directory))}[/bold]")
+    console.print(Text(str(inspection.directory), style="bold"))
     console.print(_pairs(summary(inspection)))
     if quiet:
         return
-    columns = len(HEADINGS) if inspection.error is not None else len(HEADINGS) - 2
-    table = _table()
-    for index, heading in enumerate(HEADINGS[:columns]):
-        table.add_column(heading, justify="left" if index in (0, 2, 3, 8) else "right", no_wrap=True)
-    for kind in inspection.by_kind():
-        table.add_row(*map(_escape, row(kind)[:columns]))
-    table.add_section()
-    table.add_row(*total(inspection)[:columns], style="bold")
+    headings = list(HEADINGS if inspection.error is not None else HEADINGS[:-2])
+    for heading in (*_DISPENSABLE, None):
+        table = _kinds(inspection, headings)
+        if heading is None or console.measure(table).maximum <= console.width:
+            break
+        headings = [other for other in headings if other != heading]
     console.print()
-    _print(console, table)
+    console.print(table)
 
 
 def print_examination(found: Examination) -> None:
     """Print one weight in detail."""
     console = _console()
     weight = found.weight
-    console.print(f"[bold]{_escape(weight.name)}[/bold]")
+    console.print(Text(weight.name, style="bold"))
     lines = {"shape": shape_text(weight.shape), "stored as": stored_as(weight)}
     lines["size"] = f"{format_size(weight.bytes)}, {weight.bits:.3f} bits a weight"
     if found.state is not None:
-        lines["quant state"] = ", ".join(
-            f"{key.replace('_', ' ')} {_option(value)}" for key, value in found.state.items()
-        )
+        lines["quant state"] = _options(found.state)
     if found.scales is not None:
-        values = {key: value for key, value in found.scales.items() if key != "negative"}
-        lines["scales"] = ", ".join(f"{key} {value:.6g}" for key, value in values.items())
-        lines["scales"] += f", {found.scales['negative']} negative"
+        values = [f"{key} {value:.6g}" for key, value in found.scales.items()]
+        lines["scales"] = ", ".join(values)
     if (error := weight.error) is not None:
         lines["error"] = f"{percent(error.relative)}, worst block {percent(error.worst)} (number {error.worst_block})"
     if weight.reason:
         lines["kept"] = weight.reason
     console.print(_pairs(lines))
-    table = _table("tensor", "file", "stored as", "bytes", "digest")
+    table = _table("tensor", "file", "stored as", "bytes", "digest", wrap=True)
     for part in found.stored:
         how = f"{part.dtype} {shape_text(part.shape)}"
-        table.add_row(*map(_escape, (part.name, part.file, how, f"{part.bytes:,}", part.digest or "not recorded")))
+        table.add_row(*map(Text, (part.name, part.file, how, f"{part.bytes:,}", part.digest or "not recorded")))
     console.print()
-    _print(console, table)
+    console.print(table)
     if found.codes is not None:
         console.print()
-        _print(console, _levels(found.codes))
-
-
-def _levels(codes: tuple[int, ...]) -> "Table":
-    table = _table("code", "level", "weights", "share", "")
-    for code, (level, count) in enumerate(zip(LEVELS, codes, strict=True)):
-        bar = "█" * round(40 * count / max(codes))
-        table.add_row(str(code), f"{level:>7}", f"{count:,}", percent(count / max(sum(codes), 1)), bar)
-    for column in table.columns[:4]:
-        column.justify = "right"
-    return table
+        console.print(_levels(found.codes))
 
 
 def percent(share: float) -> str:
-    """A share in percent, with three digits or more."""
+    """A share in percent, to two decimals."""
     return f"{100 * share:.2f} %"
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """A shape as people write it: 512 x 256; a scalar has none."""
+    """A shape as people write it: 512 x 256."""
     return " x ".join(map(str, shape)) or "scalar"
 
 
 def stored_as(stored: Kind | TensorReport) -> str:
-    """How a weight is stored: ``NF4, blocks of 64, scales in 8 bits``."""
+    """How a weight is stored: ``BF16``, ``NF4/64`` in blocks of 64, ``NF4/64 nested`` with its scales in 8 bits."""
     if stored.blocksize is None:
         return stored.dtype
     return f"{stored.dtype}/{stored.blocksize}{' nested' if stored.double_quant else ''}"
 
 
 def place(tensor: TensorReport) -> str:
-    """Where a weight is, short: ``layer 3``, or its name."""
+    """Where a weight is, in short: ``layer 3``, ``layer 3 expert 7``, or its name."""
     if tensor.layer is None:
         return tensor.name
-    expert = next(
-        (
-            word
-            for word, before in zip(tensor.name.split(".")[1:], tensor.name.split("."), strict=False)
-            if before == "experts" and word.isdigit()
-        ),
-        None,
-    )
-    return f"layer {tensor.layer}" + (f" expert {expert}" if expert else "")
+    return f"layer {tensor.layer}" + ("" if tensor.expert is None else f" expert {tensor.expert}")
 
 
-def _option(value: Any) -> str:
-    return (
-        {True: "on", False: "off", None: "none"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+def _options(values: Mapping[str, Any]) -> str:
+    words = {"True": "on", "False": "off", "None": "none"}
+    return ", ".join(f"{key.replace('_', ' ')} {words.get(str(value), value)}" for key, value in values.items())
 
 
-def _console() -> "Console":
-    from rich.console import Console
+def _kinds(inspection: Inspection, headings: Sequence[str]) -> Table:
+    table = _table(*headings)
+    for column in table.columns:
+        column.justify = "right" if column.header in NUMERIC else "left"
 
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, no_color=True, width=1000)
+    def chosen(cells: Sequence[str]) -> list[Text]:
+        return [Text(cell) for heading, cell in zip(HEADINGS, cells, strict=True) if heading in headings]
 
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _table(*headings: str) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
-    for heading in headings:
-        table.add_column(heading, no_wrap=True)
+    for kind in inspection.by_kind():
+        table.add_row(*chosen(row(kind)))
+    table.add_section()
+    table.add_row(*chosen(total(inspection)), style="bold")
     return table
 
 
-def _pairs(lines: dict[str, str]) -> "Table":
-    from rich.table import Table
+def _levels(codes: Sequence[int]) -> Table:
+    table = _table("code", "level", "weights", "share", "")
+    for code, (level, count) in enumerate(zip(LEVELS, codes, strict=True)):
+        bar = "█" * round(40 * count / max(codes))
+        table.add_row(str(code), f"{level:.4f}", f"{count:,}", percent(count / sum(codes)), bar)
+    for column in table.columns[:4]:
+        column.justify = "right"
+    return table
 
+
+def _console() -> Console:
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, color_system=None, force_terminal=False, width=1000)
+
+
+def _table(*headings: str, wrap: bool = False) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    for heading in headings:
+        table.add_column(heading, no_wrap=not wrap, overflow="fold")
+    return table
+
+
+def _pairs(lines: Mapping[str, str]) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, value in lines.items():
-        grid.add_row(label, _escape(value))
+        grid.add_row(label, Text(value))
     return grid
-
-
-def _print(console: "Console", table: "RenderableType") -> None:
-    console.print(table)

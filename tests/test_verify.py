@@ -40,7 +40,7 @@ def copy(recorded: Path, tmp_path: Path) -> Path:
 
 def file_of(directory: Path, tensor: str) -> Path:
     index = json.loads((directory / "model.safetensors.index.json").read_text())
-    return directory / index["weight_map"][tensor]
+    return directory / str(index["weight_map"][tensor])
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -11,13 +11,11 @@ from pathlib import Path
 
 from qpack.errors import OutputExistsError
 from qpack.inspection import Inspection
-from qpack.report import HEADINGS, percent, row, summary, total
+from qpack.report import HEADINGS, NUMERIC, percent, row, summary, total
 from qpack.report_html.chart import Chart, chart
 from qpack.sizes import format_size
 
 _STYLE = Path(__file__).with_name("style.css")
-
-_NUMERIC = frozenset({"count", "weights", "size", "bits", "error"})
 
 
 def write(inspection: Inspection, path: Path, *, force: bool) -> None:
@@ -93,7 +91,7 @@ def _tiles(inspection: Inspection) -> str:
         tiles.append((f"{inspection.packed_bits:.3f}", "bits a packed weight"))
     if inspection.error is not None:
         tiles.append((percent(inspection.error), "mean error of a packed weight"))
-    cells = "\n".join(f"<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>" for value, label in tiles)
+    cells = "\n".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for value, label in tiles)
     return f'<section aria-label="Summary">\n<dl class="tiles">\n{cells}\n</dl>\n</section>'
 
 
@@ -125,17 +123,19 @@ def _kinds(inspection: Inspection) -> str:
         found = [f'<th scope="row">{escape(first)}</th>']
         for heading, value in zip(HEADINGS[1:], rest, strict=False):
             found.append(
-                f'<td class="number">{escape(value)}</td>' if heading in _NUMERIC else f"<td>{escape(value)}</td>"
+                f'<td class="number">{escape(value)}</td>' if heading in NUMERIC else f"<td>{escape(value)}</td>"
             )
         return "".join(found)
 
     heads = "".join(
-        f'<th scope="col"{" class=number" if heading in _NUMERIC else ""}>{heading}</th>'
+        f'<th scope="col"{" class=number" if heading in NUMERIC else ""}>{heading}</th>'
         for heading in HEADINGS[:columns]
     )
     rows = "\n".join(f"<tr>{cells(row(kind))}</tr>" for kind in inspection.by_kind())
     return f"""<section aria-labelledby="kinds">
 <h2 id="kinds">By kind of module</h2>
+<p>NF4/64 is four bits a weight and a scale for every 64 of them; nested: those scales are in 8 bits. Error: the norm of
+what packing changed over that of the weight.</p>
 <div class="scroll" role="region" aria-labelledby="kinds" tabindex="0">
 <table>
 <thead><tr>{heads}</tr></thead>
@@ -164,7 +164,8 @@ def _errors(drawing: Chart) -> str:
     )
     return f"""<section aria-labelledby="errors">
 <h2 id="errors">Error by layer</h2>
-<p>Norm of what packing changed over the norm of the weight, layer by layer. Point at a mark for its value.</p>
+<p>The mean over the experts of a layer, where there are any.
+The axis does not begin at zero. Point at a mark for its value.</p>
 <figure>
 {drawing.svg}
 <figcaption>

@@ -35,6 +35,7 @@ mod _core {
         module.add("ISA", isa)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("BLOCKSIZES", PyTuple::new(module.py(), nf4::BLOCKSIZES)?)?;
+        module.add("LEVELS", PyTuple::new(module.py(), nf4::LEVELS)?)?;
         let suffixes = [quant_state::ABSMAX, quant_state::QUANT_MAP, quant_state::NESTED_ABSMAX];
         let suffixes = suffixes.into_iter().chain([quant_state::NESTED_QUANT_MAP, quant_state::STATE]);
         module.add("SUFFIXES", PyTuple::new(module.py(), suffixes.collect::<Vec<_>>())?)
