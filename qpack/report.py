@@ -72,49 +72,39 @@ _DISPENSABLE = ("weights", "worst", "shape", "count")
 """Columns to leave out, one after the other, until the table fits a narrow terminal."""
 
 
+_UNLIMITED = 10_000
+"""Columns of a line where nothing limits them."""
+
+
 def print_inspection(inspection: Inspection, *, quiet: bool) -> None:
     """Print summary and table; the summary alone with ``quiet``."""
-    console = _console()
-    console.print(Text(str(inspection.directory), style="bold"))
-    console.print(_pairs(summary(inspection)))
-    if quiet:
-        return
-    headings = list(HEADINGS if inspection.error is not None else HEADINGS[:-2])
-    for heading in (*_DISPENSABLE, None):
-        table = _kinds(inspection, headings)
-        if heading is None or console.measure(table).maximum <= console.width:
-            break
-        headings = [other for other in headings if other != heading]
-    console.print()
-    console.print(table)
+    parts: list[Text | Table] = [Text(str(inspection.directory), style="bold"), _pairs(summary(inspection))]
+    if not quiet:
+        parts += [Text(), _kinds(inspection, _console())]
+    _show(parts)
 
 
 def print_examination(found: Examination) -> None:
     """Print one weight in detail."""
-    console = _console()
     weight = found.weight
-    console.print(Text(weight.name, style="bold"))
     lines = {"shape": shape_text(weight.shape), "stored as": stored_as(weight)}
     lines["size"] = f"{format_size(weight.bytes)}, {weight.bits:.3f} bits a weight"
     if found.state is not None:
         lines["quant state"] = _options(found.state)
     if found.scales is not None:
-        values = [f"{key} {value:.6g}" for key, value in found.scales.items()]
-        lines["scales"] = ", ".join(values)
+        lines["scales"] = ", ".join(f"{key} {value:.6g}" for key, value in found.scales.items())
     if (error := weight.error) is not None:
         lines["error"] = f"{percent(error.relative)}, worst block {percent(error.worst)} (number {error.worst_block})"
     if weight.reason:
         lines["kept"] = weight.reason
-    console.print(_pairs(lines))
     table = _table("tensor", "file", "stored as", "bytes", "digest", wrap=True)
     for part in found.stored:
         how = f"{part.dtype} {shape_text(part.shape)}"
         table.add_row(*map(Text, (part.name, part.file, how, f"{part.bytes:,}", part.digest or "not recorded")))
-    console.print()
-    console.print(table)
+    parts: list[Text | Table] = [Text(weight.name, style="bold"), _pairs(lines), Text(), table]
     if found.codes is not None:
-        console.print()
-        console.print(_levels(found.codes))
+        parts += [Text(), _levels(found.codes)]
+    _show(parts)
 
 
 def percent(share: float) -> str:
@@ -146,7 +136,19 @@ def _options(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {words.get(str(value), value)}" for key, value in values.items())
 
 
-def _kinds(inspection: Inspection, headings: Sequence[str]) -> Table:
+def _kinds(inspection: Inspection, console: Console) -> Table:
+    """The table by kind, without some columns where the terminal is too narrow for all."""
+    headings = list(HEADINGS if inspection.error is not None else HEADINGS[:-2])
+    unlimited = console.options.update(width=_UNLIMITED)
+    for heading in _DISPENSABLE:
+        table = _kinds_of(inspection, headings)
+        if console.measure(table, options=unlimited).maximum <= console.width:
+            return table
+        headings = [other for other in headings if other != heading]
+    return _kinds_of(inspection, headings)
+
+
+def _kinds_of(inspection: Inspection, headings: Sequence[str]) -> Table:
     table = _table(*headings)
     for column in table.columns:
         column.justify = "right" if column.header in NUMERIC else "left"
@@ -174,13 +176,22 @@ def _levels(codes: Sequence[int]) -> Table:
 def _console() -> Console:
     if sys.stdout.isatty():
         return Console(highlight=False)
-    return Console(highlight=False, color_system=None, force_terminal=False, width=1000)
+    return Console(highlight=False, color_system=None, force_terminal=False, width=_UNLIMITED)
+
+
+def _show(parts: Iterable[Text | Table]) -> None:
+    console = _console()
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 def _table(*headings: str, wrap: bool = False) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
     for heading in headings:
-        table.add_column(heading, no_wrap=not wrap, overflow="fold")
+        table.add_column(heading, no_wrap=not wrap, overflow="fold" if wrap else "ellipsis")
     return table
 
 
