@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qpack.inspection import Inspection, inspect
     from qpack.merging import MergeReport, merge
     from qpack.training import TrainReport, TrainSettings, train
+    from qpack.verification import Verification, verify
 
 _HOMES = {
     "Adapter": "qpack.adapter",
@@ -35,10 +36,12 @@ _HOMES = {
     "MergeReport": "qpack.merging",
     "TrainReport": "qpack.training",
     "TrainSettings": "qpack.training",
+    "Verification": "qpack.verification",
     "convert": "qpack.conversion",
     "inspect": "qpack.inspection",
     "merge": "qpack.merging",
     "train": "qpack.training",
+    "verify": "qpack.verification",
 }
 
 __all__ = [
@@ -57,11 +60,13 @@ __all__ = [
     "TrainReport",
     "TrainSettings",
     "TrainingError",
+    "Verification",
     "__version__",
     "convert",
     "inspect",
     "merge",
     "train",
+    "verify",
 ]
 
 

@@ -7,6 +7,7 @@ ten times a second and once at the end, and stop on Ctrl-C or on an exception fr
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import final
 
 from qpack.plan import Recipe
@@ -15,16 +16,23 @@ __all__ = [
     "BLOCKSIZES",
     "ISA",
     "JOURNAL_NAME",
+    "LEVELS",
     "SUFFIXES",
+    "Comparison",
     "PackedInfo",
     "TensorInfo",
+    "WeightStatistics",
     "Written",
     "__version__",
+    "broken_weights",
     "check_finite",
+    "compare_packed",
     "decode_fp8",
     "decode_mxfp4",
     "dequantize_nf4",
+    "digest_tensors",
     "exchange",
+    "fingerprint",
     "merge",
     "nested_quant_map",
     "pack",
@@ -33,6 +41,7 @@ __all__ = [
     "quantize_nf4",
     "read_header",
     "read_packed",
+    "weight_statistics",
 ]
 
 __version__: str
@@ -45,6 +54,8 @@ BLOCKSIZES: tuple[int, ...]
 
 JOURNAL_NAME: str
 """The file beside unfinished output that says what is finished."""
+LEVELS: tuple[float, ...]
+"""The 16 values that NF4 has for a weight over its block's scale, ascending."""
 
 SUFFIXES: tuple[str, ...]
 """What the names of the tensors beside a packed weight add to its own name."""
@@ -111,6 +122,74 @@ def read_packed(shards: Sequence[str | PathLike[str]]) -> list[PackedInfo]:
 
 def check_finite(path: str | PathLike[str]) -> None:
     """Raise `CheckpointError`, naming tensor and flat index, if a float of this file is NaN or infinite."""
+
+def digest_tensors(
+    paths: Sequence[str | PathLike[str]],
+    *,
+    threads: int = 0,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> list[tuple[Path, str, str]]:
+    """File, name and BLAKE3 (in hexadecimal, of the bytes as stored) of every tensor of these safetensors files."""
+
+def fingerprint(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
+    """The fingerprint of tensors given by name, dtype, shape and digest, in any order (see `qpack.manifest`)."""
+
+def broken_weights(paths: Sequence[str | PathLike[str]]) -> list[tuple[str, Path, str]]:
+    """Weight, file and reason of every packed weight of these files that is incomplete or not as its state says."""
+
+@final
+class Comparison:
+    """How far one stored tensor is from its source."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def relative(self) -> float:
+        """Frobenius norm of the difference over that of the source; 0 for a kept tensor."""
+    @property
+    def worst(self) -> float:
+        """The same of the block where it is largest."""
+    @property
+    def worst_block(self) -> int: ...
+    @property
+    def first_difference(self) -> int | None:
+        """Flat index of the first element of a kept tensor that is not its source, rounded once to the stored dtype."""
+    @property
+    def problem(self) -> str | None:
+        """Why the two cannot be compared, if they cannot: other shapes, other types, a source that is not finite."""
+
+def compare_packed(
+    paths: Sequence[str | PathLike[str]],
+    sources: Sequence[str | PathLike[str]],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    threads: int = 0,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> list[Comparison]:
+    """Compare the weights of the files ``paths`` with the tensors of ``sources`` that they were made from.
+
+    ``pairs`` gives the name of each in the packed files and in the sources.
+    """
+
+@final
+class WeightStatistics:
+    """How often a packed weight has each of the 16 codes, and its block scales as decoded."""
+
+    @property
+    def codes(self) -> list[int]: ...
+    @property
+    def smallest(self) -> float: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def largest(self) -> float: ...
+    @property
+    def negative(self) -> int: ...
+
+def weight_statistics(paths: Sequence[str | PathLike[str]], name: str) -> WeightStatistics:
+    """Go through the codes and scales of one packed weight."""
 
 def pack(
     shards: Sequence[str | PathLike[str]],

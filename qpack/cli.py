@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -18,9 +18,6 @@ from qpack._core import BLOCKSIZES
 from qpack.errors import QpackError
 from qpack.merging import DTYPES
 from qpack.sizes import format_size, parse_size
-
-if TYPE_CHECKING:
-    from qpack.inspection import Inspection
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -170,31 +167,53 @@ def merge(base: Path, adapter: Path, dst: Path, quiet: bool, **options: Any) -> 
 
 @cli.command()
 @click.argument("directory", type=_DIRECTORY)
+@click.option("--against", metavar="SRC", type=_DIRECTORY, help="The model it was packed from, to compare with.")
+@_threads
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_verbosity
-def inspect(directory: Path, as_json: bool, quiet: bool) -> None:
-    """Show what the packed or plain checkpoint in DIRECTORY holds."""
-    inspection = qpack.inspect(directory)
+def verify(directory: Path, against: Path | None, threads: int | None, as_json: bool, quiet: bool) -> int:
+    """Check that the checkpoint in DIRECTORY is what was packed, to the last bit.
+
+    Prints every problem, and exits with status 1 if there is one.
+    """
+    with terminal.progress("verify", "bytes", quiet=quiet) as on_progress:
+        found = qpack.verify(directory, against=against, threads=threads, on_progress=on_progress)
     if as_json:
-        click.echo(json.dumps(_inspection_json(inspection), indent=2))
+        shown = {"directory": str(found.directory), "against": found.against and str(found.against), "ok": found.ok}
+        click.echo(json.dumps(asdict(found) | shown, indent=2))
+        return 0 if found.ok else 1
+    for problem in found.problems:
+        click.echo(f"{directory}/{problem}")
+    click.echo(f"{directory}: {found.summary()}")
+    return 0 if found.ok else 1
+
+
+@cli.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--tensor", metavar="NAME", help="Show one weight in detail.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--html", "page", metavar="FILE", type=click.Path(path_type=Path), help="Write a page to FILE instead.")
+@_force
+@_verbosity
+def inspect(directory: Path, tensor: str | None, as_json: bool, page: Path | None, force: bool, quiet: bool) -> None:
+    """Show what the packed or plain checkpoint in DIRECTORY holds."""
+    from qpack import report, report_html
+    from qpack.inspection import examine
+
+    if page is not None and (tensor or as_json):
+        raise click.UsageError("--html shows the whole checkpoint, so it goes with neither --tensor nor --json")
+    if tensor is not None:
+        found = examine(directory, tensor)
+        click.echo(json.dumps(found.as_json(), indent=2)) if as_json else report.print_examination(found)
         return
-    click.echo(f"{directory}: {inspection.model_type}, {inspection.weights:,} weights, {format_size(inspection.bytes)}")
-    for tensor in inspection.tensors if not quiet else ():
-        block = "" if tensor.blocksize is None else f"  blocksize {tensor.blocksize}"
-        nested = "  double quantization" if tensor.double_quant else ""
-        shape = "x".join(map(str, tensor.shape))
-        click.echo(f"  {tensor.name}  {tensor.dtype} {shape}  {tensor.bits:.3f} bits{block}{nested}")
-    for dtype, (count, weights, size) in inspection.by_dtype().items():
-        bits = size * 8 / weights if weights else 0.0
-        click.echo(f"{dtype}: {count} tensors, {weights:,} weights, {format_size(size)}, {bits:.3f} bits a weight")
-    click.echo(f"in all: {inspection.bits:.3f} bits a weight")
-
-
-def _inspection_json(inspection: "Inspection") -> dict[str, Any]:
-    sums = {name: getattr(inspection, name) for name in ("weights", "bytes", "bits", "packed_bits")}
-    tensors = [asdict(tensor) | {"bits": tensor.bits} for tensor in inspection.tensors]
-    head = {"directory": str(inspection.directory), "model_type": inspection.model_type, "files": inspection.files}
-    return head | sums | {"tensors": tensors}
+    inspection = qpack.inspect(directory)
+    if page is not None:
+        report_html.write(inspection, page, force=force)
+        click.echo(f"{page}: {len(inspection.tensors)} tensors of {directory}")
+    elif as_json:
+        click.echo(json.dumps(inspection.as_json(), indent=2))
+    else:
+        report.print_inspection(inspection, quiet=quiet)
 
 
 @cli.command()

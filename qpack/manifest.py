@@ -2,7 +2,7 @@
 
 Digests are BLAKE3, in hexadecimal, of a tensor's bytes as stored. The fingerprint is the digest of the sorted lines
 ``NAME DTYPE SHAPE DIGEST`` of all tensors: it names the base that an adapter is trained on, whatever files the base is
-spread over.
+spread over. The lines themselves are kept, so that a header which was changed is found by name too.
 """
 
 import json
@@ -11,11 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qpack._core import TensorInfo
 from qpack.checkpoint import read_json_object
 from qpack.errors import CheckpointError
 
 MANIFEST_NAME = "qpack.json"
 FORMAT = 1
+
+
+def describe(info: TensorInfo, digest: str) -> str:
+    """What stands behind a tensor's name in the lines of the fingerprint: ``U8 [512, 1] 5ce2...``."""
+    return f"{info.dtype} {list(info.shape)} {digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Manifest:
     from: ``name``, and ``revision`` for a hub id."""
     fingerprint: str
     tensors: Mapping[str, str]
-    """Digest of every stored tensor by name."""
+    """``DTYPE SHAPE DIGEST`` of every stored tensor by name, see `describe`."""
     errors: Mapping[str, WeightError]
     """By the name of the packed weight."""
     kept: Mapping[str, str]

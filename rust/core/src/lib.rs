@@ -7,6 +7,7 @@
 
 #![cfg_attr(test, allow(clippy::float_cmp, reason = "the tests are about exact values"))]
 
+pub mod compare;
 pub mod digest;
 mod dtype;
 pub mod encoded;
@@ -20,7 +21,9 @@ pub mod nf4;
 pub mod pack;
 pub mod quant_state;
 pub mod safetensors;
+pub mod statistics;
 pub mod stream;
+pub mod verify;
 
 pub use dtype::{Dtype, Float};
 pub use error::{Error, Result};

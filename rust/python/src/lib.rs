@@ -8,6 +8,7 @@ mod errors;
 mod kernels;
 mod read;
 mod recipe;
+mod verify;
 mod watch;
 mod write;
 
@@ -24,6 +25,10 @@ mod _core {
     use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_packed};
     #[pymodule_export]
     use crate::write::{Written, exchange, merge, pack, plan_pack};
+    #[pymodule_export]
+    use crate::verify::{
+        Comparison, WeightStatistics, broken_weights, compare_packed, digest_tensors, fingerprint, weight_statistics,
+    };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -31,6 +36,7 @@ mod _core {
         module.add("ISA", isa)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("BLOCKSIZES", PyTuple::new(module.py(), nf4::BLOCKSIZES)?)?;
+        module.add("LEVELS", PyTuple::new(module.py(), nf4::LEVELS)?)?;
         let suffixes = [quant_state::ABSMAX, quant_state::QUANT_MAP, quant_state::NESTED_ABSMAX];
         let suffixes = suffixes.into_iter().chain([quant_state::NESTED_QUANT_MAP, quant_state::STATE]);
         module.add("JOURNAL_NAME", stream::JOURNAL_NAME)?;

@@ -1,0 +1,204 @@
+"""An inspection as text: a table by kind of module on a terminal or in a pipe, and one weight in detail.
+
+On a terminal, bold and dim; in a pipe plain lines, as wide as the longest name needs.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qpack._core import LEVELS
+from qpack.inspection import Examination, Inspection, Kind, TensorReport
+from qpack.sizes import format_size
+
+
+def summary(inspection: Inspection) -> dict[str, str]:
+    """What stands above the table: a label and a value a line."""
+    size = f"{format_size(inspection.bytes)} in {len(inspection.files)} file{'s' if len(inspection.files) > 1 else ''}"
+    lines = {"model": inspection.model_type, "size": size}
+    packed = len(inspection.packed)
+    lines["weights"] = f"{inspection.weights:,}, {inspection.bits:.3f} bits each"
+    if packed:
+        lines["packed"] = f"{packed} of {len(inspection.tensors)} tensors, {inspection.packed_bits:.3f} bits a weight"
+    if inspection.error is not None:
+        lines["error"] = f"{percent(inspection.error)} on average (norm of the difference over that of the weight)"
+    if made := inspection.manifest:
+        source = made.source
+        at = f" at {source['revision']}" if source.get("revision") else ""
+        lines["source"] = f"{source.get('name', 'unnamed')}{at}, {format_size(int(source.get('bytes', 0)))}"
+        lines["options"] = f"{_options(made.options)} (qpack {made.version})"
+        lines["fingerprint"] = made.fingerprint
+    return lines
+
+
+HEADINGS = ("kind", "count", "shape", "stored as", "weights", "size", "bits", "error", "worst")
+"""Columns of the table by kind; the last two only where errors are known."""
+
+NUMERIC = frozenset({"count", "weights", "size", "bits", "error"})
+"""Columns whose cells are flush right."""
+
+
+def row(kind: Kind) -> tuple[str, ...]:
+    """One line of the table by kind."""
+    shapes = kind.shapes
+    more = f" +{len(shapes) - 2}" if len(shapes) > 2 else ""
+    worst = f"{percent(kind.worst.error.relative)} {place(kind.worst)}" if kind.worst and kind.worst.error else ""
+    return (
+        kind.name,
+        str(len(kind.tensors)),
+        ", ".join(shape_text(shape) for shape in shapes[:2]) + more,
+        stored_as(kind),
+        f"{kind.weights:,}",
+        format_size(kind.bytes),
+        f"{kind.bits:.3f}",
+        "" if kind.error is None else percent(kind.error),
+        worst,
+    )
+
+
+def total(inspection: Inspection) -> tuple[str, ...]:
+    """The last line of the table by kind."""
+    error = "" if inspection.error is None else percent(inspection.error)
+    size, bits = format_size(inspection.bytes), f"{inspection.bits:.3f}"
+    return ("in all", str(len(inspection.tensors)), "", "", f"{inspection.weights:,}", size, bits, error, "")
+
+
+_DISPENSABLE = ("weights", "worst", "shape", "count")
+"""Columns to leave out, one after the other, until the table fits a narrow terminal."""
+
+
+_UNLIMITED = 10_000
+"""Columns of a line where nothing limits them."""
+
+
+def print_inspection(inspection: Inspection, *, quiet: bool) -> None:
+    """Print summary and table; the summary alone with ``quiet``."""
+    parts: list[Text | Table] = [Text(str(inspection.directory), style="bold"), _pairs(summary(inspection))]
+    if not quiet:
+        parts += [Text(), _kinds(inspection, _console())]
+    _show(parts)
+
+
+def print_examination(found: Examination) -> None:
+    """Print one weight in detail."""
+    weight = found.weight
+    lines = {"shape": shape_text(weight.shape), "stored as": stored_as(weight)}
+    lines["size"] = f"{format_size(weight.bytes)}, {weight.bits:.3f} bits a weight"
+    if found.state is not None:
+        lines["quant state"] = _options(found.state)
+    if found.scales is not None:
+        lines["scales"] = ", ".join(f"{key} {value:.6g}" for key, value in found.scales.items())
+    if (error := weight.error) is not None:
+        lines["error"] = f"{percent(error.relative)}, worst block {percent(error.worst)} (number {error.worst_block})"
+    if weight.reason:
+        lines["kept"] = weight.reason
+    table = _table("tensor", "file", "stored as", "bytes", "digest", wrap=True)
+    for part in found.stored:
+        how = f"{part.dtype} {shape_text(part.shape)}"
+        table.add_row(*map(Text, (part.name, part.file, how, f"{part.bytes:,}", part.digest or "not recorded")))
+    parts: list[Text | Table] = [Text(weight.name, style="bold"), _pairs(lines), Text(), table]
+    if found.codes is not None:
+        parts += [Text(), _levels(found.codes)]
+    _show(parts)
+
+
+def percent(share: float) -> str:
+    """A share in percent, to two decimals."""
+    return f"{100 * share:.2f} %"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """A shape as people write it: 512 x 256."""
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def stored_as(stored: Kind | TensorReport) -> str:
+    """How a weight is stored: ``BF16``, ``NF4/64`` in blocks of 64, ``NF4/64 nested`` with its scales in 8 bits."""
+    if stored.blocksize is None:
+        return stored.dtype
+    return f"{stored.dtype}/{stored.blocksize}{' nested' if stored.double_quant else ''}"
+
+
+def place(tensor: TensorReport) -> str:
+    """Where a weight is, in short: ``layer 3``, ``layer 3 expert 7``, or its name."""
+    if tensor.layer is None:
+        return tensor.name
+    return f"layer {tensor.layer}" + ("" if tensor.expert is None else f" expert {tensor.expert}")
+
+
+def _options(values: Mapping[str, Any]) -> str:
+    words = {"True": "on", "False": "off", "None": "none"}
+    return ", ".join(f"{key.replace('_', ' ')} {words.get(str(value), value)}" for key, value in values.items())
+
+
+def _kinds(inspection: Inspection, console: Console) -> Table:
+    """The table by kind, without some columns where the terminal is too narrow for all."""
+    headings = list(HEADINGS if inspection.error is not None else HEADINGS[:-2])
+    unlimited = console.options.update(width=_UNLIMITED)
+    for heading in _DISPENSABLE:
+        table = _kinds_of(inspection, headings)
+        if console.measure(table, options=unlimited).maximum <= console.width:
+            return table
+        headings = [other for other in headings if other != heading]
+    return _kinds_of(inspection, headings)
+
+
+def _kinds_of(inspection: Inspection, headings: Sequence[str]) -> Table:
+    table = _table(*headings)
+    for column in table.columns:
+        column.justify = "right" if column.header in NUMERIC else "left"
+
+    def chosen(cells: Sequence[str]) -> list[Text]:
+        return [Text(cell) for heading, cell in zip(HEADINGS, cells, strict=True) if heading in headings]
+
+    for kind in inspection.by_kind():
+        table.add_row(*chosen(row(kind)))
+    table.add_section()
+    table.add_row(*chosen(total(inspection)), style="bold")
+    return table
+
+
+def _levels(codes: Sequence[int]) -> Table:
+    table = _table("code", "level", "weights", "share", "")
+    for code, (level, count) in enumerate(zip(LEVELS, codes, strict=True)):
+        bar = "█" * round(40 * count / max(codes))
+        table.add_row(str(code), f"{level:.4f}", f"{count:,}", percent(count / sum(codes)), bar)
+    for column in table.columns[:4]:
+        column.justify = "right"
+    return table
+
+
+def _console() -> Console:
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, color_system=None, force_terminal=False, width=_UNLIMITED)
+
+
+def _show(parts: Iterable[Text | Table]) -> None:
+    console = _console()
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def _table(*headings: str, wrap: bool = False) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    for heading in headings:
+        table.add_column(heading, no_wrap=not wrap, overflow="fold" if wrap else "ellipsis")
+    return table
+
+
+def _pairs(lines: Mapping[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in lines.items():
+        grid.add_row(label, Text(value))
+    return grid

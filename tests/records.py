@@ -1,0 +1,88 @@
+"""``qpack.json`` for a packed directory, from the definitions alone: BLAKE3's own package, torch and bitsandbytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import blake3
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import qpack
+from qpack.manifest import Manifest, WeightError
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the safetensors files in ``directory``."""
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def lines(directory: Path) -> dict[str, str]:
+    """``DTYPE SHAPE DIGEST`` of every tensor, read from the bytes of the files."""
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            digest = blake3.blake3(content[start + first : start + end]).hexdigest()
+            found[name] = f"{entry['dtype']} {json.dumps(entry['shape'])} {digest}"
+    return found
+
+
+def fingerprint(directory: Path) -> str:
+    """The digest of the sorted lines."""
+    text = "".join(sorted(f"{name} {line}\n" for name, line in lines(directory).items()))
+    return blake3.blake3(text.encode()).hexdigest()
+
+
+def error(original: torch.Tensor, name: str, stored: dict[str, torch.Tensor], blocksize: int) -> WeightError:
+    """The error of a packed weight, from sums over its blocks in f32, its codes and scales decoded by bitsandbytes."""
+    parts = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
+    state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    codes = torch.stack([stored[name] >> 4, stored[name] & 15], dim=-1).flatten()[: original.numel()].long()
+    pad = -original.numel() % blocksize
+    x = torch.nn.functional.pad(original.float().flatten(), (0, pad)).view(-1, blocksize)
+    q = torch.nn.functional.pad(state.code[codes], (0, pad)).view(-1, blocksize)
+    xx, xq, qq = ((left * right).sum(1).double() for left, right in ((x, x), (x, q), (q, q)))
+    scale = scales.double()
+    squares = (xx - 2 * scale * xq + scale**2 * qq).clamp(min=0)
+    ratios = torch.where(xx > 0, squares / xx.clamp(min=1e-300), 0)
+    worst = int(ratios.argmax())
+    relative = float((squares.sum() / xx.sum()).sqrt())
+    return WeightError(relative, float(ratios[worst].sqrt()), worst)
+
+
+def record(directory: Path, source: Path, **options: Any) -> Manifest:
+    """Write ``qpack.json`` into ``directory``, packed from ``source``."""
+    stored, originals = tensors(directory), tensors(source)
+    packed = {weight.name: weight for weight in qpack.inspect(directory).packed}
+    manifest = Manifest(
+        version=qpack.__version__,
+        options={"mode": "exact"} | options,
+        source={
+            "digest": fingerprint(source),
+            "bytes": sum(tensor.nbytes for tensor in originals.values()),
+            "tensors": len(originals),
+            "name": source.name,
+        },
+        fingerprint=fingerprint(directory),
+        tensors=lines(directory),
+        errors={name: error(originals[name], name, stored, weight.blocksize or 0) for name, weight in packed.items()},
+        kept={name: "not a Linear of a layer" for name in originals.keys() - packed.keys()},
+    )
+    manifest.write(directory)
+    return manifest
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The free-form strings of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
