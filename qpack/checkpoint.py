@@ -1,11 +1,13 @@
 """Reading a Hugging Face model directory: config.json, and safetensors files found through their index.
 
 Everything is checked on open, from headers alone: the index against the files that it names, and the files against
-the index. Refused: pickled weights (they run code when loaded), files outside the directory, tensors that only one of
-index and file knows.
+the index. Refused: pickled weights (they run code when loaded), files outside the directory, also through a symbolic
+link, tensors that only one of index and file knows. The links of a Hugging Face cache are the exception: they lead from
+``models--ORG--NAME/snapshots/COMMIT`` to ``models--ORG--NAME/blobs``.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +20,9 @@ from qpack.errors import CheckpointError
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLED_NAME = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,30 @@ class Checkpoint:
     """Every tensor by name, in the order of files and bytes."""
 
     @classmethod
-    def open(cls, directory: Path | str) -> "Checkpoint":
-        """Open and check ``directory``."""
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory}: not a directory")
-        config = read_json_object(directory / CONFIG_NAME)
-        shards, placed = _find_shards(directory)
+    def open(cls, path: Path | str) -> "Checkpoint":
+        """Open and check the model at ``path``: its directory, its index, or one safetensors file, which then is all.
+
+        Beside an index or a file there must be a config.json.
+        """
+        path = Path(path)
+        directory = path if path.is_dir() else path.parent
+        weights = _find_weights(path)
+        config = read_json_object(model_file(directory, CONFIG_NAME))
+        if weights.suffix == ".safetensors":
+            return cls(directory, config, (weights,), {info.name: info for info in read_header(weights)})
+        index, placed = weights, read_index(weights)
+        shards = tuple(model_file(directory, file) for file in sorted(set(placed.values())))
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
+            if not shard.is_file():
+                raise CheckpointError(f"{shard}: no such file, but {index.name} names it")
             for info in read_header(shard):
-                if placed is not None and placed.pop(info.name, None) != shard.name:
-                    raise CheckpointError(f"{shard}: holds tensor {info.name}, which {INDEX_NAME} does not place there")
+                if placed.pop(info.name, None) != shard.name:
+                    raise CheckpointError(f"{shard}: holds tensor {info.name}, which {index.name} does not place there")
                 tensors[info.name] = info
         if placed:
             name, file = next(iter(placed.items()))
-            raise CheckpointError(f"{directory / file}: lacks tensor {name}, which {INDEX_NAME} places there")
+            raise CheckpointError(f"{directory / file}: lacks tensor {name}, which {index.name} places there")
         return cls(directory, config, shards, tensors)
 
     @cached_property
@@ -90,25 +103,63 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _find_shards(directory: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """The weight files, and the index's tensor-to-file map where there is an index."""
-    index = directory / INDEX_NAME
-    if index.exists():
-        placed = read_json_object(index).get("weight_map")
-        if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
-            raise CheckpointError(f"{index}: weight_map is not an object of file names")
-        shards = []
-        for file in sorted(set(placed.values())):
-            if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-                raise CheckpointError(f"{index}: names {file!r}, which is not a file of this directory")
-            if not (directory / file).is_file():
-                raise CheckpointError(f"{directory / file}: no such file, but {INDEX_NAME} names it")
-            shards.append(directory / file)
-        return tuple(shards), placed
-    single = directory / SINGLE_NAME
-    if single.is_file():
-        return (single,), None
-    pickled = sorted(directory.glob("*.bin"))
-    if pickled:
+def model_file(directory: Path, name: str) -> Path:
+    """The path of the file ``name`` of the model in ``directory``, whether or not there is one.
+
+    Raises:
+        CheckpointError: if it is a symbolic link out of the directory, other than one of a Hugging Face cache.
+    """
+    root = Path(os.path.realpath(directory))
+    target = Path(os.path.realpath(directory / name))
+    if root not in target.parents:
+        blobs = root.parent.parent / "blobs"
+        if root.parent.name != "snapshots" or target.parent != blobs:
+            raise CheckpointError(f"{directory / name}: is a symbolic link to {target}, outside the model's directory")
+    return directory / name
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The ``weight_map`` of an index: the file of every tensor, all of them plain names.
+
+    Raises:
+        CheckpointError: as `read_json_object`, or if the map is malformed or names something outside the directory.
+    """
+    placed = read_json_object(model_file(path.parent, path.name)).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+        raise CheckpointError(f"{path}: weight_map is not an object of file names")
+    for file in placed.values():
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise CheckpointError(f"{path}: names {file!r}, which is not a file of this directory")
+    return placed
+
+
+def find_pickled(path: Path) -> tuple[Path, ...]:
+    """The pickled files, or their index, of the model at ``path``, if it has no other weights."""
+    if path.is_dir():
+        if (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists():
+            return ()
+        for name in (PICKLED_INDEX_NAME, PICKLED_NAME):
+            if (path / name).exists():
+                return (path / name,)
+        return tuple(sorted(entry for entry in path.iterdir() if entry.suffix in PICKLED_SUFFIXES))
+    pickled = path.name.endswith((*PICKLED_SUFFIXES, ".bin.index.json"))
+    return (path,) if pickled and path.exists() else ()
+
+
+def _find_weights(path: Path) -> Path:
+    """The index at ``path``, or else the only safetensors file."""
+    if pickled := find_pickled(path):
         raise CheckpointError(f"{pickled[0]}: pickled weights can run code when loaded; save them as safetensors first")
-    raise CheckpointError(f"{directory}: no {INDEX_NAME} and no {SINGLE_NAME}")
+    if path.is_dir():
+        if (path / INDEX_NAME).exists():
+            return path / INDEX_NAME
+        if not (path / SINGLE_NAME).is_file():
+            raise CheckpointError(f"{path}: no {INDEX_NAME} and no {SINGLE_NAME}")
+        return model_file(path, SINGLE_NAME)
+    if path.name.endswith(".index.json"):
+        return path
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: not a directory")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    return model_file(path.parent, path.name)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qpack.checkpoint import model_file
+
 # Weights in any form, their indices, and what is written anew.
 _NOT_COPIED = (
     "qpack.json",
@@ -19,15 +21,26 @@ _NOT_COPIED = (
 )
 
 
-def copy_companions(source: Path, destination: Path) -> tuple[str, ...]:
-    """Copy every top-level file of ``source`` except weights, config.json and hidden files; return their names."""
-    copied = []
+def find_companions(source: Path) -> tuple[Path, ...]:
+    """Every top-level file of ``source`` except weights, config.json and hidden files.
+
+    Raises:
+        CheckpointError: if one is a symbolic link out of ``source``.
+    """
+    found = []
     for path in sorted(source.iterdir()):
         skipped = path.name == "config.json" or path.name.startswith(".") or any(map(path.match, _NOT_COPIED))
-        if path.is_file() and not skipped:
-            shutil.copyfile(path, destination / path.name)
-            copied.append(path.name)
-    return tuple(copied)
+        if not skipped and path.is_file():
+            found.append(model_file(source, path.name))
+    return tuple(found)
+
+
+def copy_companions(source: Path, destination: Path) -> tuple[str, ...]:
+    """Copy what `find_companions` finds; return the names."""
+    companions = find_companions(source)
+    for path in companions:
+        shutil.copyfile(path, destination / path.name)
+    return tuple(path.name for path in companions)
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
