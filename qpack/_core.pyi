@@ -8,9 +8,9 @@ ten times a second and once at the end, and stop on Ctrl-C or on an exception fr
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import final
+from typing import Protocol, final
 
-from qpack.plan import Recipe
+from qpack.plan import Packing, Recipe
 
 __all__ = [
     "BLOCKSIZES",
@@ -33,6 +33,7 @@ __all__ = [
     "digest_tensors",
     "exchange",
     "fingerprint",
+    "measure",
     "merge",
     "nested_quant_map",
     "pack",
@@ -40,6 +41,7 @@ __all__ = [
     "quantize_nested",
     "quantize_nf4",
     "read_header",
+    "read_index",
     "read_packed",
     "weight_statistics",
 ]
@@ -104,7 +106,7 @@ class Written:
 
     @property
     def digests(self) -> dict[str, str]:
-        """BLAKE3 of the bytes of every stored tensor."""
+        """``DTYPE SHAPE DIGEST`` of every stored tensor by name, the digest being BLAKE3 of its bytes."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -116,6 +118,9 @@ class Written:
 
 def read_header(path: str | PathLike[str]) -> list[TensorInfo]:
     """Validate a safetensors file's header and list its tensors in the order of their bytes."""
+
+def read_index(path: str | PathLike[str]) -> dict[str, str]:
+    """The file of every tensor, by an index's ``weight_map``; all of them are plain names."""
 
 def read_packed(shards: Sequence[str | PathLike[str]]) -> list[PackedInfo]:
     """List the packed weights of these files, each checked to be complete."""
@@ -191,6 +196,12 @@ class WeightStatistics:
 def weight_statistics(paths: Sequence[str | PathLike[str]], name: str) -> WeightStatistics:
     """Go through the codes and scales of one packed weight."""
 
+class _Source(Protocol):
+    """Where shards come from that are not there yet: `qpack.sources.Source`."""
+
+    def fetch(self, shard: Path, /) -> Path: ...
+    def drop(self, shard: Path, /) -> None: ...
+
 def pack(
     shards: Sequence[str | PathLike[str]],
     directory: str | PathLike[str],
@@ -201,13 +212,25 @@ def pack(
     inputs: str,
     max_shard_bytes: int,
     threads: int,
+    source: _Source | None = None,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> Written:
     """Write to ``directory`` what ``recipes`` make of the tensors of ``shards``; ``threads=0`` takes all cores.
 
     Goes on where an interrupted call with the same arguments ended. ``inputs`` is any text that changes when the source
-    or an option does.
+    or an option does. With a ``source`` each shard is read where `fetch` puts it, and dropped when it is done with.
     """
+
+def measure(
+    shards: Sequence[str | PathLike[str]],
+    recipes: Sequence[Recipe],
+    candidates: Sequence[Packing],
+    *,
+    threads: int,
+    source: _Source | None = None,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> dict[str, list[float]]:
+    """The squared error that each packed weight would have under each of ``candidates``, by name; writes nothing."""
 
 def plan_pack(
     shards: Sequence[str | PathLike[str]],

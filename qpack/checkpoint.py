@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qpack import _core
 from qpack._core import SUFFIXES, PackedInfo, TensorInfo, read_header, read_packed
 from qpack.errors import CheckpointError
 
@@ -122,15 +123,12 @@ def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index: the file of every tensor, all of them plain names.
 
     Raises:
-        CheckpointError: as `read_json_object`, or if the map is malformed or names something outside the directory.
+        CheckpointError: if there is none, or it is malformed, places a tensor twice or outside the directory.
     """
-    placed = read_json_object(model_file(path.parent, path.name)).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
-        raise CheckpointError(f"{path}: weight_map is not an object of file names")
-    for file in placed.values():
-        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-            raise CheckpointError(f"{path}: names {file!r}, which is not a file of this directory")
-    return placed
+    try:
+        return _core.read_index(model_file(path.parent, path.name))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
 
 
 def find_pickled(path: Path) -> tuple[Path, ...]:

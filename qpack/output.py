@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _INPUTS_NAME = ".inputs"
 """Text that tells what the work in a partial directory is made from."""
+_SCRATCH_NAME = ".scratch"
 
 
 def refuse_existing(path: Path, *, force: bool, marker: str) -> None:
@@ -77,18 +78,45 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+class Work:
+    """An output directory in the making."""
+
+    def __init__(self, partial: Path) -> None:
+        self.directory = partial
+        """What will be published, but for names that begin with a dot."""
+        self.scratch = partial / _SCRATCH_NAME
+        """A place, made when needed, for what is not; an interrupted run leaves it to the next one."""
+        self._resumable = False
+
+    def begin(self, inputs: str) -> None:
+        """Keep what an interrupted run of the same ``inputs`` has written, and clear everything else.
+
+        ``inputs`` is a text that changes with anything that the output depends on. From here on, work that ends by
+        anything but a `QpackError` (bad input) leaves what the next run can go on with.
+        """
+        path = self.directory / _INPUTS_NAME
+        if not path.is_file() or path.read_text(encoding="utf-8") != inputs:
+            _clear(self.directory, keep=_SCRATCH_NAME)
+            new = self.directory / f"{_INPUTS_NAME}.new"
+            new.write_text(inputs, encoding="utf-8")
+            new.rename(path)
+        self._resumable = True
+
+    def leave(self, error: BaseException) -> None:
+        """Clear up after ``error``, as far as a next run cannot go on."""
+        begun = self._resumable or (self.directory / _INPUTS_NAME).exists()
+        if isinstance(error, QpackError) or not begun:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        else:
+            logger.info("%s: what is finished is kept; the same command goes on from there", _final(self.directory))
+
+
 @contextmanager
-def new_directory(
-    path: Path, *, force: bool, marker: str, inputs: Iterable[Path] = (), resume: str | None = None
-) -> Iterator[Path]:
-    """Yield a directory that becomes ``path`` when the block ends without an exception.
+def resumable_directory(path: Path, *, force: bool, marker: str, inputs: Iterable[Path] = ()) -> Iterator[Work]:
+    """Yield the work on a directory that becomes ``path`` when the block ends without an exception.
 
-    With ``force``, what stands at ``path`` stays until the new directory takes its place.
-
-    The directory is empty, unless an interrupted run left one whose ``resume`` text was the same: then it holds what
-    that run had written. The text should change with anything that the output depends on. Work that ends by a
-    `QpackError` (bad input) leaves nothing behind; any other end leaves what a next run can go on with. Without
-    ``resume`` nothing is ever left or gone on with. Files whose names begin with a dot are not published.
+    With ``force``, what stands at ``path`` stays until the new directory takes its place. Until `Work.begin` is called
+    the directory may hold what another run left.
 
     Raises:
         OutputExistsError: as `refuse_inputs` and `refuse_existing`, or if another process is writing to ``path``.
@@ -101,24 +129,37 @@ def new_directory(
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _lock(descriptor, path)
-        _prepare(partial, resume)
+        work = Work(partial)
         try:
-            yield partial
+            yield work
             _sync(partial)
             _clear(partial, ".*")
             _publish(partial, path)
         except BaseException as error:
-            if resume is None or isinstance(error, QpackError):
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                logger.info("%s: what is finished is kept; the same command goes on from there", path)
+            work.leave(error)
             raise
     finally:
         os.close(descriptor)
 
 
+@contextmanager
+def new_directory(path: Path, *, force: bool, marker: str, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``path`` when the block ends without an exception, and else is removed.
+
+    Raises:
+        OutputExistsError: as `resumable_directory`.
+    """
+    with resumable_directory(path, force=force, marker=marker, inputs=inputs) as work:
+        _clear(work.directory)
+        yield work.directory
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _final(partial: Path) -> Path:
+    return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -128,20 +169,10 @@ def _lock(descriptor: int, path: Path) -> None:
         raise OutputExistsError(f"{path}: another process is writing it") from None
 
 
-def _prepare(partial: Path, resume: str | None) -> None:
-    """Clear what an earlier run left, unless it was at the same work."""
-    inputs = partial / _INPUTS_NAME
-    if resume is not None and inputs.is_file() and inputs.read_text(encoding="utf-8") == resume:
-        return
-    _clear(partial, "*")
-    if resume is not None:
-        new = partial / f"{_INPUTS_NAME}.new"
-        new.write_text(resume, encoding="utf-8")
-        new.rename(inputs)
-
-
-def _clear(directory: Path, pattern: str) -> None:
+def _clear(directory: Path, pattern: str = "*", *, keep: str = "") -> None:
     for entry in directory.glob(pattern):
+        if entry.name == keep:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -11,6 +11,11 @@ pub fn of(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
 }
 
+/// What stands behind a tensor's name in a line of the fingerprint.
+pub fn line(dtype: Dtype, shape: &[u64], digest: &str) -> String {
+    format!("{} {shape:?} {digest}", dtype.name())
+}
+
 /// A digest of bytes that come piece by piece.
 #[derive(Debug, Default)]
 pub struct Hasher(blake3::Hasher);
@@ -34,7 +39,7 @@ pub struct Fingerprint(Vec<String>);
 impl Fingerprint {
     /// Add one tensor.
     pub fn add(&mut self, name: &str, dtype: Dtype, shape: &[u64], digest: &str) {
-        self.0.push(format!("{name} {} {shape:?} {digest}\n", dtype.name()));
+        self.0.push(format!("{name} {}\n", line(dtype, shape, digest)));
     }
 
     /// The fingerprint of all tensors added.

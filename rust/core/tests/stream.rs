@@ -92,7 +92,8 @@ fn a_run_goes_on_where_an_interrupted_one_ended_and_trusts_nothing() {
     let whole = dir.path().join("whole");
     let first = run(&whole, "x");
     assert_eq!((first.resumed_bytes, first.files.len()), (0, 4));
-    assert_eq!(first.digests["a"], digest::of(&checkpoint.tensor("a").unwrap().read().unwrap()));
+    let of_a = digest::of(&checkpoint.tensor("a").unwrap().read().unwrap());
+    assert_eq!(first.digests["a"], format!("F32 [64, 64] {of_a}"));
     let expected = contents(&whole);
 
     // Everything is there already; then with other inputs, nothing is.
@@ -187,27 +188,29 @@ fn parts_are_cut_interleaved_and_transposed_out_of_a_fused_tensor() {
     assert_eq!(cut(&swapped, true, halves, packing), codes(&contiguous));
 }
 
-/// Source files that are only there while they are needed.
+/// Source files that come from a store, and are only there while they are needed.
 struct OneAtATime<'a> {
     store: &'a Path,
+    here: &'a Path,
     calls: Mutex<Vec<String>>,
 }
 
 impl Supply for OneAtATime<'_> {
-    fn need(&self, file: &Path) -> qpack_core::Result<()> {
+    fn need(&self, file: &Path) -> qpack_core::Result<Option<PathBuf>> {
         let name = file.file_name().unwrap();
-        let known = self.store.join(name);
+        let (known, here) = (self.store.join(name), self.here.join(name));
         if !known.exists() {
             return Err(Error::Supply { path: file.to_owned(), source: "is not in the store".into() });
         }
         self.calls.lock().unwrap().push(format!("need {}", name.display()));
-        fs::copy(known, file).unwrap();
-        Ok(())
+        fs::copy(known, &here).unwrap();
+        Ok(Some(here))
     }
 
     fn done(&self, file: &Path) -> qpack_core::Result<()> {
-        self.calls.lock().unwrap().push(format!("done {}", file.file_name().unwrap().display()));
-        fs::remove_file(file).unwrap();
+        let name = file.file_name().unwrap();
+        self.calls.lock().unwrap().push(format!("done {}", name.display()));
+        fs::remove_file(self.here.join(name)).unwrap();
         Ok(())
     }
 }
@@ -215,8 +218,8 @@ impl Supply for OneAtATime<'_> {
 #[test]
 fn source_files_come_and_go_while_the_plan_is_carried_out() {
     let dir = tempdir().unwrap();
-    let [store, source, out] = ["store", "source", "out"].map(|name| dir.path().join(name));
-    for path in [&store, &source, &out] {
+    let [store, source, here, out] = ["store", "source", "here", "out"].map(|name| dir.path().join(name));
+    for path in [&store, &source, &here, &out] {
         fs::create_dir(path).unwrap();
     }
     for (file, tensor) in [("1", "a"), ("2", "w"), ("3", "c")] {
@@ -228,28 +231,26 @@ fn source_files_come_and_go_while_the_plan_is_carried_out() {
         fs::write(source.join(file), header).unwrap();
     }
     let checkpoint = open(&["1", "2", "3"].map(|file| source.join(file)));
-    checkpoint.close();
     let packing = Packing { blocksize: 64, double_quant: true };
-    let supply = OneAtATime { store: &store, calls: Mutex::default() };
+    let supply = || OneAtATime { store: &store, here: &here, calls: Mutex::default() };
+    let one_at_a_time = supply();
     let plan = pack_w(&checkpoint, packing, u64::MAX);
-    let written = plan.write(&out, "", 2, &supply, &Job::default()).unwrap();
-    let mut calls = supply.calls.into_inner().unwrap();
+    let written = plan.write(&out, "", 2, &one_at_a_time, &Job::default()).unwrap();
+    let mut calls = one_at_a_time.calls.into_inner().unwrap();
     assert_eq!(calls[0], "need 1");
     calls.sort();
     assert_eq!(calls, ["done 1", "done 2", "done 3", "need 1", "need 2", "need 3"]);
-    assert_eq!(written.digests["a"], digest::of(&open(&[store.join("1")]).tensor("a").unwrap().read().unwrap()));
+    let of_a = digest::of(&open(&[store.join("1")]).tensor("a").unwrap().read().unwrap());
+    assert_eq!(written.digests["a"], format!("F32 [64, 64] {of_a}"));
+    assert_eq!(fs::read_dir(&here).unwrap().count(), 0);
 
     // A file that is not what the plan was made for, and one that cannot be had.
-    for (damage, reason) in [
-        (
-            &(|| write_floats(&store.join("2"), &[("x", [64, 64], ramp(4096, 0.1))], Float::F32)) as &dyn Fn(),
-            "is not the file that it was",
-        ),
-        (&|| fs::remove_file(store.join("2")).unwrap(), "is not in the store"),
-    ] {
+    let other = || write_floats(&store.join("2"), &[("x", [64, 64], ramp(4096, 0.1))], Float::F32);
+    let gone = || fs::remove_file(store.join("2")).unwrap();
+    let damages: [(&dyn Fn(), &str); 2] = [(&other, "is not the file that it was"), (&gone, "is not in the store")];
+    for (damage, reason) in damages {
         damage();
-        let supply = OneAtATime { store: &store, calls: Mutex::default() };
-        let error = pack_w(&checkpoint, packing, u64::MAX).write(&out, reason, 1, &supply, &Job::default());
+        let error = pack_w(&checkpoint, packing, u64::MAX).write(&out, reason, 1, &supply(), &Job::default());
         let message = error.unwrap_err().to_string();
         assert!(message.contains(reason), "{message}");
     }

@@ -22,6 +22,11 @@ pub fn to_python(error: Error) -> PyErr {
             }),
             None => CheckpointError::new_err(format!("{}: {source}", path.display())),
         },
+        // An exception of Python's own goes back as it came.
+        Error::Supply { path, source } => match source.downcast::<PyErr>() {
+            Ok(exception) => *exception,
+            Err(source) => CheckpointError::new_err(format!("{}: {source}", path.display())),
+        },
         other => CheckpointError::new_err(other.to_string()),
     }
 }

@@ -22,13 +22,13 @@ mod _core {
     #[pymodule_export]
     use crate::kernels::{decode_fp8, decode_mxfp4, dequantize_nf4, nested_quant_map, quantize_nested, quantize_nf4};
     #[pymodule_export]
-    use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_packed};
-    #[pymodule_export]
-    use crate::write::{Written, exchange, merge, pack, plan_pack};
+    use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_index, read_packed};
     #[pymodule_export]
     use crate::verify::{
         Comparison, WeightStatistics, broken_weights, compare_packed, digest_tensors, fingerprint, weight_statistics,
     };
+    #[pymodule_export]
+    use crate::write::{Written, exchange, measure, merge, pack, plan_pack};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,11 +1,13 @@
 //! What safetensors files hold.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use qpack_core::merge::Packed;
-use qpack_core::safetensors::{Checkpoint, File};
+use qpack_core::safetensors::{Checkpoint, File, parse_index};
 use qpack_core::{Error, Float, Result, quant_state};
 
 use crate::errors::to_python;
@@ -42,6 +44,12 @@ pub fn read_header(py: Python<'_>, path: PathBuf) -> PyResult<Vec<TensorInfo>> {
             })
         })
         .collect()
+}
+
+#[pyfunction]
+pub fn read_index(path: PathBuf) -> PyResult<BTreeMap<String, String>> {
+    let json = fs::read(&path).map_err(|source| to_python(Error::Io { path: path.clone(), source }))?;
+    parse_index(&json).map_err(|reason| to_python(Error::Malformed { path, reason }))
 }
 
 #[pyfunction]

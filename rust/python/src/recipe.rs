@@ -30,7 +30,7 @@ struct Part {
 
 /// `qpack.plan.Packing`
 #[derive(FromPyObject)]
-struct Packing {
+pub struct Packing {
     blocksize: usize,
     double_quant: bool,
 }
@@ -47,12 +47,17 @@ impl Recipe {
     }
 }
 
+impl Packing {
+    /// The same, with a legal blocksize.
+    pub fn check(self) -> PyResult<pack::Packing> {
+        check_blocksize(self.blocksize)?;
+        Ok(pack::Packing { blocksize: self.blocksize, double_quant: self.double_quant })
+    }
+}
+
 impl Part {
     fn check(self) -> PyResult<pack::Part> {
-        let packing = self.packing.map(|Packing { blocksize, double_quant }| {
-            check_blocksize(blocksize)?;
-            Ok::<_, PyErr>(pack::Packing { blocksize, double_quant })
-        });
+        let packing = self.packing.map(Packing::check);
         Ok(pack::Part {
             name: self.name,
             shape: self.shape,

@@ -2,17 +2,18 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::{slice, thread};
 
 use pyo3::prelude::*;
 use qpack_core::merge::FactorNames;
 use qpack_core::safetensors::Checkpoint;
-use qpack_core::stream;
+use qpack_core::stream::{self, Supply};
+use qpack_core::{Error, Result, pack as packing};
 
 use crate::errors::to_python;
 use crate::kernels::float;
-use crate::recipe::{Recipe, checked, options};
+use crate::recipe::{Packing, Recipe, checked, options};
 use crate::watch::watch;
 
 #[pyclass(frozen, get_all, module = "qpack._core")]
@@ -36,12 +37,31 @@ impl From<stream::Written> for Written {
     }
 }
 
+/// The `fetch` and `drop` of a `qpack.sources.Source`.
+struct Source<'a>(&'a Py<PyAny>);
+
+impl Supply for Source<'_> {
+    fn need(&self, file: &Path) -> Result<Option<PathBuf>> {
+        let fetch = |py: Python<'_>| self.0.call_method1(py, "fetch", (file,))?.extract(py).map(Some);
+        Python::attach(fetch).map_err(|error| supply_error(file, error))
+    }
+
+    fn done(&self, file: &Path) -> Result<()> {
+        let drop = |py: Python<'_>| self.0.call_method1(py, "drop", (file,)).map(drop);
+        Python::attach(drop).map_err(|error| supply_error(file, error))
+    }
+}
+
+fn supply_error(file: &Path, error: PyErr) -> Error {
+    Error::Supply { path: file.to_owned(), source: Box::new(error) }
+}
+
 fn workers(threads: usize) -> usize {
     if threads > 0 { threads } else { thread::available_parallelism().map_or(1, NonZero::get) }
 }
 
 #[pyfunction]
-#[pyo3(signature = (shards, directory, recipes, *, mode, quant_storage, inputs, max_shard_bytes, threads, on_progress=None))]
+#[pyo3(signature = (shards, directory, recipes, *, mode, quant_storage, inputs, max_shard_bytes, threads, source=None, on_progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
 pub fn pack(
     py: Python<'_>,
@@ -53,16 +73,50 @@ pub fn pack(
     inputs: &str,
     max_shard_bytes: u64,
     threads: usize,
+    source: Option<Py<PyAny>>,
     on_progress: Option<Py<PyAny>>,
 ) -> PyResult<Written> {
     let options = options(mode, quant_storage)?;
     let recipes = checked(recipes)?;
     let checkpoint = py.detach(|| Checkpoint::open(&shards)).map_err(to_python)?;
-    let plan =
-        py.detach(|| qpack_core::pack::plan(&checkpoint, &recipes, options, max_shard_bytes)).map_err(to_python)?;
+    let plan = py.detach(|| packing::plan(&checkpoint, &recipes, options, max_shard_bytes)).map_err(to_python)?;
     let total = plan.source_bytes();
-    let work = |job: &_| plan.write(&directory, inputs, workers(threads), &(), job);
+    let work = |job: &_| match &source {
+        Some(source) => plan.write(&directory, inputs, workers(threads), &Source(source), job),
+        None => plan.write(&directory, inputs, workers(threads), &(), job),
+    };
     watch(py, total, on_progress.as_ref(), work).map(Written::from)
+}
+
+#[pyfunction]
+#[pyo3(signature = (shards, recipes, candidates, *, threads, source=None, on_progress=None))]
+pub fn measure(
+    py: Python<'_>,
+    shards: Vec<PathBuf>,
+    recipes: Vec<Recipe>,
+    candidates: Vec<Packing>,
+    threads: usize,
+    source: Option<Py<PyAny>>,
+    on_progress: Option<Py<PyAny>>,
+) -> PyResult<HashMap<String, Vec<f64>>> {
+    let recipes = checked(recipes)?;
+    let candidates = candidates.into_iter().map(Packing::check).collect::<PyResult<Vec<_>>>()?;
+    let checkpoint = py.detach(|| Checkpoint::open(&shards)).map_err(to_python)?;
+    let plan = py.detach(|| packing::measure(&checkpoint, &recipes, &candidates)).map_err(to_python)?;
+    let total = plan.source_bytes();
+    let work = |job: &_| match &source {
+        Some(source) => plan.examine(workers(threads), &Source(source), job),
+        None => plan.examine(workers(threads), &(), job),
+    };
+    let found = watch(py, total, on_progress.as_ref(), work)?;
+    let mut squares: HashMap<String, Vec<f64>> = HashMap::new();
+    for (key, error) in found.errors {
+        let (name, index) = key.rsplit_once('\t').expect("a candidate's index");
+        let index: usize = index.parse().expect("a number");
+        let squares = squares.entry(name.to_owned()).or_insert_with(|| vec![0.0; candidates.len()]);
+        squares[index] = (error.relative * error.norm).powi(2);
+    }
+    Ok(squares)
 }
 
 /// Let two directories change names, at once and for whoever looks.
@@ -82,7 +136,7 @@ pub fn plan_pack(
 ) -> PyResult<Vec<(String, u64)>> {
     let options = options("exact", quant_storage)?;
     let recipes = checked(recipes)?;
-    let files = || Ok(qpack_core::pack::plan(&Checkpoint::open(&shards)?, &recipes, options, max_shard_bytes)?.files());
+    let files = || Ok(packing::plan(&Checkpoint::open(&shards)?, &recipes, options, max_shard_bytes)?.files());
     py.detach(files).map_err(to_python)
 }
 

@@ -5,23 +5,18 @@ use std::ops::Range;
 
 use super::run::PackRun;
 use super::{Mode, Options, Pack, Packing, Recipe};
-use crate::Result;
 use crate::safetensors::{Checkpoint, Tensor, TensorSpec};
 use crate::stream::{self, Plan, Run, Sink, WeightError};
+use crate::{Dtype, Result};
 
 /// Read the sources of `recipes` once and pack every packed part in each way of `candidates`, exactly.
 ///
-/// The plan's files are empty; [`stream::Written::errors`] has the error of each weight under each candidate, by the
+/// The plan is to be [examined](Plan::examine); [`stream::Written::errors`] then has the error of each weight under each candidate, by the
 /// weight's name, a tab and the candidate's index.
 ///
 /// # Errors
 /// As [`super::plan`].
-pub fn measure<'a>(
-    checkpoint: &'a Checkpoint,
-    recipes: &[Recipe],
-    candidates: &[Packing],
-    options: Options,
-) -> Result<Plan<'a>> {
+pub fn measure<'a>(checkpoint: &'a Checkpoint, recipes: &[Recipe], candidates: &[Packing]) -> Result<Plan<'a>> {
     let mut measures: Vec<Box<dyn stream::Recipe + 'a>> = Vec::new();
     for recipe in recipes.iter().filter(|recipe| recipe.parts.iter().any(|part| part.packing.is_some())) {
         let packed = |packing: Packing| {
@@ -29,7 +24,7 @@ pub fn measure<'a>(
             for part in recipe.parts.iter_mut().filter(|part| part.packing.is_some()) {
                 part.packing = Some(packing);
             }
-            Pack::new(checkpoint, &recipe, Options { mode: Mode::Exact, ..options })
+            Pack::new(checkpoint, &recipe, Options { mode: Mode::Exact, storage: Dtype::U8 })
         };
         let mut ways = candidates.iter().map(|&packing| packed(packing)).collect::<Result<Vec<_>>>()?;
         // Chunks of whole large blocks are whole small blocks too.

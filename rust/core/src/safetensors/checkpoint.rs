@@ -43,11 +43,6 @@ impl Checkpoint {
         Ok(Self { files, by_name })
     }
 
-    /// Let go of all files, see [`File::close`].
-    pub fn close(&self) {
-        self.files.iter().for_each(File::close);
-    }
-
     /// All tensors, file by file, in the order of their bytes.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
         self.files.iter().flat_map(|file| file.tensors().iter().map(move |info| Tensor { file, info }))

@@ -19,11 +19,18 @@ const READ_AHEAD: NonZero<u64> = NonZero::new(16 << 20).unwrap();
 pub struct File {
     path: PathBuf,
     /// None between [`File::close`] and the next read.
-    handle: Mutex<Option<Arc<fs::File>>>,
+    handle: Mutex<Option<Arc<Handle>>>,
     /// Length in eight bytes and JSON, by which a file that is opened again is known.
     header: Vec<u8>,
     len: u64,
     tensors: Vec<TensorInfo>,
+}
+
+/// The file that bytes are read from.
+#[derive(Debug)]
+struct Handle {
+    path: PathBuf,
+    file: fs::File,
 }
 
 impl File {
@@ -32,11 +39,12 @@ impl File {
     /// # Errors
     /// [`Error::Io`], or [`Error::Malformed`] saying which rule of the format is broken.
     pub fn open(path: &Path) -> Result<Self> {
-        let handle = fs::File::open(path).map_err(Error::io(path))?;
-        let len = handle.metadata().map_err(Error::io(path))?.len();
-        let header = read_header(path, &handle, len)?;
+        let file = fs::File::open(path).map_err(Error::io(path))?;
+        let len = file.metadata().map_err(Error::io(path))?.len();
+        let header = read_header(path, &file, len)?;
         let data_len = len - header.len() as u64;
         let tensors = header::parse(&header[8..], data_len).map_err(|reason| Error::malformed(path, reason))?;
+        let handle = Handle { path: path.to_owned(), file };
         Ok(Self { path: path.to_owned(), handle: Mutex::new(Some(Arc::new(handle))), header, len, tensors })
     }
 
@@ -50,9 +58,21 @@ impl File {
         &self.tensors
     }
 
-    /// Let go of the file: it may be replaced by one with the same header, which the next read opens.
+    /// Let go of the file, so that its disk space can be freed. The next read opens it again.
     pub fn close(&self) {
         self.lock().take();
+    }
+
+    /// Read from `path` from now on, unless that is already so.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Malformed`] if it is not a file of the same length and header.
+    pub fn open_at(&self, path: &Path) -> Result<()> {
+        let mut handle = self.lock();
+        if handle.as_ref().is_none_or(|handle| handle.path != path) {
+            *handle = Some(Arc::new(self.reopen(path)?));
+        }
+        Ok(())
     }
 
     /// Ask the system to read what stands behind the first `offset` bytes of `tensor` before it is needed.
@@ -60,7 +80,7 @@ impl File {
         let position = self.position(tensor, offset);
         if let Ok(handle) = self.handle() {
             // Only advice: where it is not taken, reading is as it was.
-            let _ = fadvise(&*handle, position, Some(READ_AHEAD), Advice::WillNeed);
+            let _ = fadvise(&handle.file, position, Some(READ_AHEAD), Advice::WillNeed);
         }
     }
 
@@ -74,27 +94,32 @@ impl File {
     pub fn read_at(&self, tensor: &TensorInfo, offset: u64, buffer: &mut [u8]) -> Result<()> {
         assert!(offset + buffer.len() as u64 <= tensor.bytes(), "read leaves tensor {}", tensor.name);
         let position = self.position(tensor, offset);
-        self.handle()?.read_exact_at(buffer, position).map_err(Error::io(&self.path))
+        let handle = self.handle()?;
+        handle.file.read_exact_at(buffer, position).map_err(Error::io(&handle.path))
     }
 
     fn position(&self, tensor: &TensorInfo, offset: u64) -> u64 {
         self.header.len() as u64 + tensor.range.start + offset
     }
 
-    fn handle(&self) -> Result<Arc<fs::File>> {
+    fn handle(&self) -> Result<Arc<Handle>> {
         let mut handle = self.lock();
         if let Some(handle) = &*handle {
             return Ok(handle.clone());
         }
-        let opened = fs::File::open(&self.path).map_err(Error::io(&self.path))?;
-        let len = opened.metadata().map_err(Error::io(&self.path))?.len();
-        if len != self.len || read_header(&self.path, &opened, len)? != self.header {
-            return Err(Error::malformed(&self.path, "is not the file that it was when its header was read"));
-        }
-        Ok(handle.insert(Arc::new(opened)).clone())
+        Ok(handle.insert(Arc::new(self.reopen(&self.path)?)).clone())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<fs::File>>> {
+    fn reopen(&self, path: &Path) -> Result<Handle> {
+        let file = fs::File::open(path).map_err(Error::io(path))?;
+        let len = file.metadata().map_err(Error::io(path))?.len();
+        if len != self.len || read_header(path, &file, len)? != self.header {
+            return Err(Error::malformed(path, "is not the file that it was when its header was read"));
+        }
+        Ok(Handle { path: path.to_owned(), file })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Handle>>> {
         self.handle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -35,7 +35,8 @@ pub(super) struct Entry {
 
 pub(super) struct Journal {
     path: PathBuf,
-    file: Mutex<fs::File>,
+    /// None where nothing outlives the run.
+    file: Option<Mutex<fs::File>>,
     entries: Mutex<HashMap<String, Entry>>,
 }
 
@@ -62,7 +63,12 @@ impl Journal {
         let mut file = fs::File::create(&new).map_err(Error::io(&new))?;
         file.write_all(kept.as_bytes()).map_err(Error::io(&new))?;
         fs::rename(&new, &path).map_err(Error::io(&path))?;
-        Ok(Self { path, file: Mutex::new(file), entries: Mutex::new(entries) })
+        Ok(Self { path, file: Some(Mutex::new(file)), entries: Mutex::new(entries) })
+    }
+
+    /// A journal of what is not gone on with.
+    pub(super) fn in_memory() -> Self {
+        Self { path: PathBuf::new(), file: None, entries: Mutex::default() }
     }
 
     pub(super) fn entry(&self, source: &str) -> Option<Entry> {
@@ -74,10 +80,12 @@ impl Journal {
     }
 
     pub(super) fn add(&self, entry: Entry) -> Result<()> {
-        let mut line = serde_json::to_vec(&entry).map_err(|error| Error::io(&self.path)(error.into()))?;
-        line.push(b'\n');
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.write_all(&line).map_err(Error::io(&self.path))?;
+        if let Some(file) = &self.file {
+            let mut line = serde_json::to_vec(&entry).map_err(|error| Error::io(&self.path)(error.into()))?;
+            line.push(b'\n');
+            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+            file.write_all(&line).map_err(Error::io(&self.path))?;
+        }
         self.entries.lock().unwrap_or_else(PoisonError::into_inner).insert(entry.source.clone(), entry);
         Ok(())
     }

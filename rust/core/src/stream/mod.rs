@@ -15,7 +15,8 @@ mod shard;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
-use std::path::Path;
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -32,7 +33,7 @@ use shard::Shard;
 pub use shard::Sink;
 
 use crate::digest;
-use crate::safetensors::{File, Tensor, TensorSpec};
+use crate::safetensors::{File, Tensor, TensorSpec, Writer};
 use crate::{Error, Job, Result};
 
 /// Elements that a worker computes with at a time; a multiple of every blocksize.
@@ -101,12 +102,12 @@ pub struct WeightError {
 
 /// Who sees to it that source files are there when they are read. `()` is for files that are.
 pub trait Supply: Sync {
-    /// `file` is going to be read.
+    /// `file` is going to be read. Returns where it now is, if that is another place.
     ///
     /// # Errors
     /// [`Error::Supply`] if it cannot be had.
-    fn need(&self, _file: &Path) -> Result<()> {
-        Ok(())
+    fn need(&self, _file: &Path) -> Result<Option<PathBuf>> {
+        Ok(None)
     }
 
     /// `file` will not be read any more.
@@ -129,8 +130,8 @@ pub struct Plan<'a> {
 struct Planned<'a> {
     recipe: Box<dyn Recipe + 'a>,
     outputs: Vec<TensorSpec>,
-    /// Index of the shard, and of the first output in it.
-    place: (usize, usize),
+    /// Index of the shard, and of the first output in it; None where there are no outputs.
+    place: Option<(usize, usize)>,
 }
 
 impl Planned<'_> {
@@ -147,7 +148,7 @@ pub struct Written {
     pub files: Vec<String>,
     /// Bytes of all tensors, headers not counted.
     pub tensor_bytes: u64,
-    /// Digest of every stored tensor.
+    /// `DTYPE SHAPE DIGEST` of every stored tensor, as in the lines of a fingerprint.
     pub digests: BTreeMap<String, String>,
     /// The fingerprint of what was written, see [`digest::fingerprint`].
     pub fingerprint: String,
@@ -169,6 +170,10 @@ impl<'a> Plan<'a> {
         let mut room = 0;
         for recipe in recipes {
             let outputs = recipe.outputs();
+            if outputs.is_empty() {
+                planned.push(Planned { recipe, outputs, place: None });
+                continue;
+            }
             let bytes: u64 = outputs.iter().map(TensorSpec::bytes).sum();
             if groups.is_empty() || bytes > room {
                 groups.push(Vec::new());
@@ -178,7 +183,7 @@ impl<'a> Plan<'a> {
                 room -= bytes;
             }
             let shard = groups.len() - 1;
-            let place = (shard, groups[shard].len());
+            let place = Some((shard, groups[shard].len()));
             groups[shard].extend(outputs.iter().cloned());
             counts[shard] += 1;
             planned.push(Planned { recipe, outputs, place });
@@ -218,31 +223,57 @@ impl<'a> Plan<'a> {
     /// # Panics
     /// If a recipe panics, or if two recipes read one source tensor.
     pub fn write(self, dir: &Path, inputs: &str, threads: usize, supply: &dyn Supply, job: &Job) -> Result<Written> {
+        let journal = Journal::open(dir, &self.key(inputs))?;
+        let (entries, resumed_bytes) = self.carry_out(Some(dir), journal, threads, supply, job)?;
+        if self.shards.len() > 1 {
+            let path = dir.join("model.safetensors.index.json");
+            fs::write(&path, self.index()).map_err(Error::io(&path))?;
+        }
+        Ok(self.written(&entries, resumed_bytes))
+    }
+
+    /// Run a plan of recipes without outputs, for what they find.
+    ///
+    /// # Errors
+    /// As [`Plan::write`].
+    ///
+    /// # Panics
+    /// As [`Plan::write`], or if a recipe has outputs.
+    pub fn examine(self, threads: usize, supply: &dyn Supply, job: &Job) -> Result<Written> {
+        assert!(self.shards.is_empty(), "a plan with outputs is not examined but written");
+        let (entries, resumed_bytes) = self.carry_out(None, Journal::in_memory(), threads, supply, job)?;
+        Ok(self.written(&entries, resumed_bytes))
+    }
+
+    /// The journal of a complete run, and the source bytes that it did not need to go through.
+    fn carry_out(
+        &self,
+        dir: Option<&Path>,
+        journal: Journal,
+        threads: usize,
+        supply: &dyn Supply,
+        job: &Job,
+    ) -> Result<(HashMap<String, Entry>, u64)> {
         let sources: HashSet<_> = self.recipes.iter().map(|planned| &planned.recipe.source().info.name).collect();
         assert_eq!(sources.len(), self.recipes.len(), "two recipes read one source tensor");
         let mut files: HashMap<&Path, AtomicUsize> = HashMap::new();
         for file in self.recipes.iter().flat_map(Planned::files) {
             *files.entry(file.path()).or_default().get_mut() += 1;
         }
-        let journal = Journal::open(dir, &self.key(inputs))?;
-        let work = Work { plan: &self, dir, journal, queue: Queue::new(2 * threads + 2), supply, files, job };
+        let work = Work { plan: self, dir, journal, queue: Queue::new(2 * threads + 2), supply, files, job };
         thread::scope(|scope| {
             let flusher = scope.spawn(|| work.flush());
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work.compute())).collect();
             work.read();
             for worker in workers {
-                worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                worker.join().unwrap_or_else(|panic| resume_unwind(panic));
             }
             work.queue.close();
-            flusher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            flusher.join().unwrap_or_else(|panic| resume_unwind(panic));
         });
         let Work { queue, journal, .. } = work;
         let resumed_bytes = queue.into_result()?;
-        if self.shards.len() > 1 {
-            let path = dir.join("model.safetensors.index.json");
-            fs::write(&path, self.index()).map_err(Error::io(&path))?;
-        }
-        Ok(self.written(&journal.into_entries(), resumed_bytes))
+        Ok((journal.into_entries(), resumed_bytes))
     }
 
     /// What tells this plan from others: the layout of every output, and the inputs.
@@ -258,9 +289,9 @@ impl<'a> Plan<'a> {
 
     fn index(&self) -> String {
         let mut weight_map = BTreeMap::new();
-        for planned in &self.recipes {
+        for (planned, (shard, _)) in self.recipes.iter().filter_map(|planned| Some((planned, planned.place?))) {
             for spec in &planned.outputs {
-                weight_map.insert(&spec.name, self.shards[planned.place.0].file_name());
+                weight_map.insert(&spec.name, self.shards[shard].file_name());
             }
         }
         let index = json!({"metadata": {"total_size": self.tensor_bytes()}, "weight_map": weight_map});
@@ -287,7 +318,7 @@ impl<'a> Plan<'a> {
             }
             for (spec, digest) in planned.outputs.iter().zip(&entry.outputs) {
                 stored.add(&spec.name, spec.dtype, &spec.shape, digest);
-                written.digests.insert(spec.name.clone(), digest.clone());
+                written.digests.insert(spec.name.clone(), digest::line(spec.dtype, &spec.shape, digest));
             }
             written.errors.extend(entry.errors.clone());
         }
@@ -316,7 +347,8 @@ fn shard_name(index: usize, total: usize) -> String {
 /// Everything that the threads of one [`Plan::write`] share.
 struct Work<'w> {
     plan: &'w Plan<'w>,
-    dir: &'w Path,
+    /// None where nothing is written.
+    dir: Option<&'w Path>,
     journal: Journal,
     queue: Queue<Arc<Running<'w>>>,
     supply: &'w dyn Supply,
@@ -344,18 +376,20 @@ impl<'w> Work<'w> {
     }
 
     fn read_recipe(&self, planned: &'w Planned<'w>) -> Result<()> {
-        let shard = &self.plan.shards[planned.place.0];
-        let writer = shard.open(self.dir)?;
         let source = planned.recipe.source();
         if let Some(entry) = self.journal.entry(&source.info.name) {
-            if writer.digests(planned.place.1, planned.outputs.len())? == entry.outputs {
+            if self.digests(planned)? == entry.outputs {
                 self.queue.count_resumed(source.info.bytes());
                 self.job.advance(source.info.bytes())?;
                 return self.recipe_done(planned);
             }
             self.journal.forget(&source.info.name);
         }
-        planned.files().try_for_each(|file| self.supply.need(file.path()))?;
+        for file in planned.files() {
+            if let Some(path) = self.supply.need(file.path())? {
+                file.open_at(&path)?;
+            }
+        }
         let chunks = planned.recipe.chunks();
         let (left, last) = (AtomicUsize::new(chunks.len()), chunks.len().saturating_sub(1));
         let run = planned.recipe.start()?;
@@ -406,9 +440,10 @@ impl<'w> Work<'w> {
     }
 
     fn compute_chunk(&self, running: &Arc<Running<'w>>, chunk: usize, bytes: &[u8], first: bool) -> Result<()> {
-        let (shard, output) = running.planned.place;
-        let writer = self.plan.shards[shard].open(self.dir)?;
-        let again = running.run.chunk(chunk, bytes, &Sink::new(&writer, output))?;
+        let again = match self.output(running.planned)? {
+            Some((writer, first)) => running.run.chunk(chunk, bytes, &Sink::new(&writer, first))?,
+            None => running.run.chunk(chunk, bytes, &Sink::nowhere())?,
+        };
         running.left.fetch_add(again.len(), Ordering::Relaxed);
         for chunk in again {
             self.queue.push_again(Task { run: running.clone(), chunk, bytes: None });
@@ -423,13 +458,8 @@ impl<'w> Work<'w> {
 
     /// Enter a recipe whose outputs are written in the journal.
     fn finish(&self, running: &Running<'w>) -> Result<()> {
-        let (shard, output) = running.planned.place;
         let sources = running.sources.get().expect("set before the last chunk").clone();
-        let outputs = if running.run.is_copy() {
-            sources.clone()
-        } else {
-            self.plan.shards[shard].open(self.dir)?.digests(output, running.planned.outputs.len())?
-        };
+        let outputs = if running.run.is_copy() { sources.clone() } else { self.digests(running.planned)? };
         let source = running.planned.recipe.source().info.name.clone();
         self.journal.add(Entry { source, sources, outputs, errors: running.run.errors() })?;
         self.recipe_done(running.planned)
@@ -443,7 +473,19 @@ impl<'w> Work<'w> {
                 self.supply.done(file.path())?;
             }
         }
-        self.plan.shards[planned.place.0].recipe_done()
+        planned.place.map_or(Ok(()), |(shard, _)| self.plan.shards[shard].recipe_done())
+    }
+
+    /// The file that the outputs of a recipe go to, and the index of the first of them in it.
+    fn output(&self, planned: &Planned<'_>) -> Result<Option<(Arc<Writer>, usize)>> {
+        let Some(((shard, first), dir)) = planned.place.zip(self.dir) else { return Ok(None) };
+        Ok(Some((self.plan.shards[shard].open(dir)?, first)))
+    }
+
+    /// The digests of what has been written of the outputs of a recipe.
+    fn digests(&self, planned: &Planned<'_>) -> Result<Vec<String>> {
+        let output = self.output(planned)?;
+        output.map_or(Ok(Vec::new()), |(writer, first)| writer.digests(first, planned.outputs.len()))
     }
 
     /// Flush what has been written now and then, so that little is left to flush at the end.
