@@ -267,6 +267,24 @@ def test_another_source_is_found(copy: Path, tmp_path: Path) -> None:
     )
 
 
+def test_what_cannot_be_compared_is_a_problem(recorded: Path, packed: Path, llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UP][0, 0] = torch.inf
+
+    rewrite(file_of(source, UP), change)
+    rewrite(file_of(source, NORM), lambda tensors: tensors.update({NORM: tensors[NORM].long()}))
+    _, *problems = lines(recorded, against=source)
+    assert sorted(problems) == [
+        f"{file_of(recorded, NORM).name}: tensor {NORM}: is BF16, which is no rounding of I64",
+        f"{file_of(recorded, UP).name}: {file_of(source, UP)}: tensor {UP}: holds values that are not finite",
+    ]
+    with pytest.raises(CheckpointError, match="is quantized itself"):
+        qpack.verify(recorded, against=packed)
+
+
 def test_a_kept_tensor_is_its_source_rounded_once(tmp_path: Path) -> None:
     source = write_llama(tmp_path / "source", dtype="float32")
     qpack.convert(source, tmp_path / "packed")
