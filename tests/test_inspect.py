@@ -96,7 +96,7 @@ def test_without_qpack_json_there_are_no_errors(packed: Path, llama: Path) -> No
     assert "up_proj" not in run("inspect", packed, "--quiet").stdout
 
 
-@pytest.mark.parametrize(("columns", "headings"), [(200, 9), (80, 7), (50, 5)])
+@pytest.mark.parametrize(("columns", "headings"), [(200, 9), (80, 7), (60, 5)])
 def test_a_terminal_gets_what_fits_with_names_whole(recorded: Path, columns: int, headings: int) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "qpack", "inspect", str(recorded)]
