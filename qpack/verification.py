@@ -125,7 +125,13 @@ def verify(
 
 
 def same_named(source: Checkpoint) -> tuple[Recipe, ...]:
-    """The plan by which every tensor of ``source`` is stored under its own name."""
+    """The plan by which every tensor of ``source`` is stored under its own name.
+
+    Raises:
+        CheckpointError: if ``source`` is quantized, so that its tensors are not the weights.
+    """
+    if "quantization_config" in source.config:
+        raise CheckpointError(f"{source.directory}: is quantized itself, so it cannot be compared with")
     return tuple(Recipe(name, (Part(name, info.shape),)) for name, info in source.tensors.items())
 
 
@@ -213,20 +219,15 @@ class _Stored:
             elif name not in self.missing:
                 self.missing.add(name)
                 self._report(self.root, f"no file holds it, but {MANIFEST_NAME} records it", name)
-        for name in self.tensors.keys() - manifest.tensors.keys():
-            self._report(self.files[name], f"is not recorded in {MANIFEST_NAME}", name)
+        for name, file in self.files.items():
+            if name not in manifest.tensors:
+                self._report(file, f"is not recorded in {MANIFEST_NAME}", name)
         # A tensor that differs changes the fingerprint too, which would say nothing new.
         if len(self.problems) == before and self.whole:
             found = _fingerprint(self.tensors, digests)
             if found != manifest.fingerprint:
                 self._report(MANIFEST_NAME, f"fingerprint is {manifest.fingerprint}, that of the tensors is {found}")
-        packed = self.packed
-        for name in sorted(packed - manifest.errors.keys() - self.missing):
-            self._report(MANIFEST_NAME, "is packed, but no error is recorded for it", name)
-        for name in sorted((manifest.errors.keys() - packed) - self.missing):
-            self._report(MANIFEST_NAME, "is recorded with an error, but it is not packed", name)
-        for name in sorted(manifest.kept.keys() & packed):
-            self._report(MANIFEST_NAME, "is recorded as kept, but it is packed", name)
+        self._check_roles(manifest)
 
     def check_packed(self) -> None:
         """Check that packed weights can be decoded."""
@@ -269,15 +270,17 @@ class _Stored:
         recipes = same_named(source)
         pairs = [pair for recipe in recipes for pair in self._pairs(recipe, source)]
         made = {part.name for recipe in recipes for part in recipe.parts}
-        for name in self.tensors:
+        for name, file in self.files.items():
             if name not in made and _weight_of(name) == name:
-                self._report(self.files[name], f"{source.directory} has nothing that it was made from", name)
+                self._report(file, f"{source.directory} has nothing that it was made from", name)
         errors: dict[str, WeightError] = {}
         if not self.whole:
             return errors
         for found in progress.run(_core.compare_packed, self.paths, source.shards, pairs, threads=threads):
             if found.problem is not None:
-                self.problems.append(Problem(self.files[found.name], found.problem, None, found.name))
+                file = self.files[found.name]
+                reason = found.problem.removeprefix(f"{self.directory / file}: ")
+                self.problems.append(Problem(file, reason, None, found.name))
             elif found.packed:
                 errors[found.name] = WeightError(found.relative, found.worst, found.worst_block)
                 self._check_error(found.name, errors[found.name])
@@ -343,14 +346,25 @@ class _Stored:
             if found != file and name not in self.missing:
                 self.missing.update([name] if found is None else [])
                 self._report(INDEX_NAME, f"places it in {file}, but {found or 'no file'} holds it", name)
-        for name in self.tensors.keys() - placed.keys():
-            self._report(INDEX_NAME, f"does not place it, but {self.files[name]} holds it", name)
+        for name, holder in self.files.items():
+            if name not in placed:
+                self._report(INDEX_NAME, f"does not place it, but {holder} holds it", name)
+
+    def _check_roles(self, manifest: Manifest) -> None:
+        """Check that an error is recorded for what is packed, and only for that."""
+        packed = self.packed
+        for name in sorted(packed - manifest.errors.keys() - self.missing):
+            self._report(MANIFEST_NAME, "is packed, but no error is recorded for it", name)
+        for name in sorted((manifest.errors.keys() - packed) - self.missing):
+            self._report(MANIFEST_NAME, "is recorded with an error, but it is not packed", name)
+        for name in sorted(manifest.kept.keys() & packed):
+            self._report(MANIFEST_NAME, "is recorded as kept, but it is packed", name)
 
     def _check_tensor(self, name: str, recorded: str, digest: str) -> None:
         found = describe(self.tensors[name], digest)
         if found == recorded:
             return
-        (header, digest), (recorded_header, recorded_digest) = _split(found), _split(recorded)
+        (header, digest), (recorded_header, recorded_digest) = _split(found), _split(str(recorded))
         if header != recorded_header:
             self._report(self.files[name], f"is {header}, recorded {recorded_header}", name)
         if digest != recorded_digest:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"qpack, version {qpack.__version__}\n"
     commands = run("--help").stdout.split("Commands:")[1]
-    for command in ("convert", "train", "serve", "merge", "inspect", "demo"):
+    for command in ("convert", "train", "serve", "merge", "inspect", "verify", "demo"):
         assert f"\n  {command} " in commands
         text = run(command, "--help").stdout
         assert f"Usage: qpack {command} " in text.replace("python -m qpack", "qpack")
@@ -55,8 +56,8 @@ def test_convert_inspect_and_merge_without_torch(llama: Path, packed: Path, tmp_
     assert len(report["tensors"]) == len(inspection.tensors)
     command[5:] = []
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "model.layers.0.mlp.up_proj.weight  NF4 512x256  " in done.stdout
-    assert done.stdout.endswith(f"in all: {inspection.bits:.3f} bits a weight\n")
+    assert re.search(r"^up_proj +2 +512 x 256 +NF4/64 nested ", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith(f" {inspection.bits:.3f}\n")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,7 @@ def test_convert_inspect_and_merge_without_torch(llama: Path, packed: Path, tmp_
     [
         (("convert", "nowhere", "packed"), "error: nowhere: not a directory\n"),
         (("inspect", "nowhere"), "error: nowhere: not a directory\n"),
+        (("verify", "nowhere"), "error: nowhere: not a directory\n"),
         (("merge", "nowhere", "adapter", "merged"), "error: nowhere: not a directory\n"),
         (("train", "nowhere", "data.jsonl", "-o", "adapter"), "error: nowhere: not a directory\n"),
         (("serve", "nowhere"), "error: "),

@@ -249,6 +249,31 @@ def test_errors_against_the_source(tmp_path: Path, dtype: str, double_quant: boo
     assert f"tensor {name}: worst error against the source is {found.worst:.6f}, recorded " in worst
 
 
+def test_weights_of_several_chunks_with_an_odd_tail(tmp_path: Path) -> None:
+    """A million and some elements: more than a thread takes at a time, and no whole number of blocks or bytes."""
+    torch.manual_seed(0)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    weight, embedding = torch.randn(1025, 1025), torch.randn(1025, 1025)
+    weight.view(-1)[800_000:800_064] = torch.linspace(0.035, 0.045, 64)  # between two levels
+    weight.view(-1)[800_000] = 1.0
+    save_file({UP: weight, "model.embed_tokens.weight": embedding}, source / "model.safetensors")
+    qpack.convert(source, tmp_path / "packed")
+    manifest = records.record(tmp_path / "packed", source)
+    one = qpack.verify(tmp_path / "packed", against=source, threads=1)
+    assert one.ok, one.problems
+    assert one.errors == qpack.verify(tmp_path / "packed", against=source, threads=3).errors
+    assert one.errors[UP].worst_block == manifest.errors[UP].worst_block == 800_000 // 64
+    assert one.errors[UP].relative == pytest.approx(manifest.errors[UP].relative, rel=1e-6)
+
+    name = "model.embed_tokens.weight"
+    rewrite(tmp_path / "packed" / "model.safetensors", lambda tensors: tensors[name][-1, -2:].add_(1))
+    records.record(tmp_path / "packed", source)
+    (line,) = lines(tmp_path / "packed", against=source)
+    assert line.endswith(f"tensor {name}: is not what {source} has, from flat index {1025 * 1025 - 2} on")
+
+
 def test_another_source_is_found(copy: Path, tmp_path: Path) -> None:
     other = write_llama(tmp_path / "other", seed=1)
     found = qpack.verify(copy, against=other)
@@ -265,6 +290,24 @@ def test_another_source_is_found(copy: Path, tmp_path: Path) -> None:
     assert f"{file_of(copy, UP).name}: tensor {UP}: {fewer} has nothing that it was made from" in lines(
         copy, against=fewer
     )
+
+
+def test_what_cannot_be_compared_is_a_problem(recorded: Path, packed: Path, llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UP][0, 0] = torch.inf
+
+    rewrite(file_of(source, UP), change)
+    rewrite(file_of(source, NORM), lambda tensors: tensors.update({NORM: tensors[NORM].long()}))
+    _, *problems = lines(recorded, against=source)
+    assert sorted(problems) == [
+        f"{file_of(recorded, NORM).name}: tensor {NORM}: is BF16, which is no rounding of I64",
+        f"{file_of(recorded, UP).name}: {file_of(source, UP)}: tensor {UP}: holds values that are not finite",
+    ]
+    with pytest.raises(CheckpointError, match="is quantized itself"):
+        qpack.verify(recorded, against=packed)
 
 
 def test_a_kept_tensor_is_its_source_rounded_once(tmp_path: Path) -> None:

@@ -167,7 +167,9 @@ def _errors(drawing: Chart) -> str:
 <p>The mean over the experts of a layer, where there are any.
 The axis does not begin at zero. Point at a mark for its value.</p>
 <figure>
+<div class="scroll" role="region" aria-label="Drawing" tabindex="0">
 {drawing.svg}
+</div>
 <figcaption>
 <ul class="legend">
 {drawing.legend}

@@ -61,7 +61,7 @@ def _mean(tensors: Sequence[TensorReport]) -> float:
 
 
 def _mark(index: int) -> str:
-    return _MARKS[index % len(_MARKS)]
+    return _MARKS[(index + 3 * (index // 8)) % len(_MARKS)]  # so that colours that come again have other marks
 
 
 def _svg(means: Mapping[str, Mapping[int, float]], layers: Sequence[int]) -> str:

@@ -14,10 +14,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
+use crate::isa::vectorized;
 use crate::merge::Packed;
 use crate::safetensors::{Checkpoint, Tensor};
 use crate::stream::CHUNK;
 use crate::{Float, Job, Result, nf4};
+
+/// Sums that a block's squares are added up in, element by element in turn.
+const LANES: usize = 16;
 
 /// Values in f32, found by their index in a row-major flattened weight.
 pub trait Values: Sync {
@@ -133,18 +137,36 @@ struct Squares {
 
 impl Squares {
     fn of(values: &[f32], decoded: &[f32], blocksize: usize, first_block: u64) -> Self {
-        let blocks = (first_block..).zip(values.chunks(blocksize).zip(decoded.chunks(blocksize)));
-        let blocks = blocks.map(|(block, (values, decoded))| {
-            let square = |value: f32| f64::from(value) * f64::from(value);
-            let difference = |(&value, &decoded): (&f32, &f32)| f64::from(value) - f64::from(decoded);
-            let squares = values.iter().map(|&value| square(value)).sum();
-            let differences = values.iter().zip(decoded).map(|pair| difference(pair) * difference(pair)).sum();
-            Self { differences, values: squares, worst: ratio(differences, squares), worst_block: block }
-        });
-        blocks.reduce(Self::and).unwrap_or_default()
+        vectorized(
+            #[inline(always)]
+            || {
+                let blocks = values.chunks(blocksize).zip(decoded.chunks(blocksize));
+                let blocks = (first_block..).zip(blocks).map(
+                    #[inline(always)]
+                    |(block, (values, decoded))| Self::of_block(block, values, decoded),
+                );
+                blocks.fold(Self::default(), Self::and)
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn of_block(block: u64, values: &[f32], decoded: &[f32]) -> Self {
+        let (mut differences, mut squares) = ([0.0; LANES], [0.0; LANES]);
+        for (values, decoded) in values.chunks(LANES).zip(decoded.chunks(LANES)) {
+            let lanes = squares.iter_mut().zip(&mut differences).zip(values.iter().zip(decoded));
+            for ((square, difference), (&value, &decoded)) in lanes {
+                let (value, decoded) = (f64::from(value), f64::from(decoded));
+                *square += value * value;
+                *difference += (value - decoded) * (value - decoded);
+            }
+        }
+        let (differences, values) = (differences.iter().sum(), squares.iter().sum());
+        Self { differences, values, worst: ratio(differences, values), worst_block: block }
     }
 
     /// These blocks and the `later` ones.
+    #[inline(always)]
     fn and(self, later: Self) -> Self {
         let worse = if later.worst > self.worst { later } else { self };
         Self { differences: self.differences + later.differences, values: self.values + later.values, ..worse }
@@ -152,6 +174,7 @@ impl Squares {
 }
 
 /// `differences / values`; 0 where there are no values but zeros, which NF4 stores exactly.
+#[inline(always)]
 fn ratio(differences: f64, values: f64) -> f64 {
     if values > 0.0 { differences / values } else { 0.0 }
 }
