@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     __version__: str
     from qpack.adapter import Adapter
     from qpack.checkpoint import Checkpoint
-    from qpack.conversion import ConvertReport, convert
+    from qpack.conversion import ConvertOptions, ConvertReport, DryRun, convert, plan_conversion
     from qpack.inspection import Inspection, inspect
     from qpack.merging import MergeReport, merge
     from qpack.training import TrainReport, TrainSettings, train
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "qpack.adapter",
     "Checkpoint": "qpack.checkpoint",
+    "ConvertOptions": "qpack.conversion",
     "ConvertReport": "qpack.conversion",
+    "DryRun": "qpack.conversion",
     "Inspection": "qpack.inspection",
     "MergeReport": "qpack.merging",
     "TrainReport": "qpack.training",
@@ -40,6 +42,7 @@ _HOMES = {
     "convert": "qpack.conversion",
     "inspect": "qpack.inspection",
     "merge": "qpack.merging",
+    "plan_conversion": "qpack.conversion",
     "train": "qpack.training",
     "verify": "qpack.verification",
 }
@@ -49,9 +52,11 @@ __all__ = [
     "AdapterError",
     "Checkpoint",
     "CheckpointError",
+    "ConvertOptions",
     "ConvertReport",
     "DataError",
     "DiskFullError",
+    "DryRun",
     "Inspection",
     "MergeReport",
     "OutputExistsError",
@@ -65,6 +70,7 @@ __all__ = [
     "convert",
     "inspect",
     "merge",
+    "plan_conversion",
     "train",
     "verify",
 ]

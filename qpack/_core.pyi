@@ -144,39 +144,32 @@ def broken_weights(paths: Sequence[str | PathLike[str]]) -> list[tuple[str, Path
 
 @final
 class Comparison:
-    """How far one stored tensor is from its source."""
+    """How far stored tensors are from what they were made from."""
 
     @property
-    def name(self) -> str: ...
+    def errors(self) -> dict[str, tuple[float, float, float, int]]:
+        """Of every packed weight, as in `Written`."""
+
     @property
-    def packed(self) -> bool: ...
+    def differences(self) -> dict[str, int]:
+        """Of kept tensors that are not their source, rounded once to the stored dtype: the first flat index."""
+
     @property
-    def relative(self) -> float:
-        """Frobenius norm of the difference over that of the source; 0 for a kept tensor."""
+    def problems(self) -> dict[str, str]:
+        """Why tensors cannot be compared: missing, of other shapes or types, a source that is not finite."""
+
     @property
-    def worst(self) -> float:
-        """The same of the block where it is largest."""
-    @property
-    def worst_block(self) -> int: ...
-    @property
-    def first_difference(self) -> int | None:
-        """Flat index of the first element of a kept tensor that is not its source, rounded once to the stored dtype."""
-    @property
-    def problem(self) -> str | None:
-        """Why the two cannot be compared, if they cannot: other shapes, other types, a source that is not finite."""
+    def source_fingerprint(self) -> str: ...
 
 def compare_packed(
     paths: Sequence[str | PathLike[str]],
     sources: Sequence[str | PathLike[str]],
-    pairs: Sequence[tuple[str, str]],
+    recipes: Sequence[Recipe],
     *,
     threads: int = 0,
     on_progress: Callable[[int, int], object] | None = None,
-) -> list[Comparison]:
-    """Compare the weights of the files ``paths`` with the tensors of ``sources`` that they were made from.
-
-    ``pairs`` gives the name of each in the packed files and in the sources.
-    """
+) -> Comparison:
+    """Compare the tensors of the files ``paths`` with what ``recipes`` make of those of ``sources``."""
 
 @final
 class WeightStatistics:

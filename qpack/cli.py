@@ -15,6 +15,7 @@ import click
 import qpack
 from qpack import terminal
 from qpack._core import BLOCKSIZES
+from qpack.conversion import MODES, QUANT_STORAGES
 from qpack.errors import QpackError
 from qpack.merging import DTYPES
 from qpack.sizes import format_size, parse_size
@@ -61,23 +62,51 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("src", type=_DIRECTORY)
+@click.argument("src")
 @click.argument("dst", type=_DIRECTORY)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="exact",
+    show_default=True,
+    help="exact: codes and scales of bitsandbytes. best: the same format with less error.",
+)
 @click.option(
     "--blocksize", type=click.Choice(BLOCKSIZES), default=64, show_default=True, help="Weights per block scale."
 )
 @click.option("--double-quant/--no-double-quant", default=True, help="Store the block scales in 8 bits (default).")
+@click.option("--rules", type=click.Path(path_type=Path), metavar="FILE.toml", help="Rules for single tensors.")
+@click.option("--target-bits", type=float, help="Bits a packed weight on average, spent where the error is largest.")
+@click.option("--pack-lm-head", is_flag=True, help="Pack the output embedding too, which vLLM does not read.")
+@click.option(
+    "--quant-storage",
+    type=click.Choice(QUANT_STORAGES),
+    default="uint8",
+    show_default=True,
+    help="Element type that holds the codes; bfloat16 for FSDP, which vLLM does not read.",
+)
+@click.option("--revision", help="Branch, tag or commit of a model of the hub.")
+@click.option("--low-disk", is_flag=True, help="Fetch, pack and drop one shard of a hub model at a time.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights (.bin), tensors only.")
 @_max_shard_size
+@click.option("--dry-run", is_flag=True, help="Show what would be written and what it would fit; write nothing.")
 @_threads
 @_force
 @_verbosity
-def convert(src: Path, dst: Path, quiet: bool, **options: Any) -> None:
-    """Pack the model in the directory SRC to NF4 and write it to DST."""
+def convert(src: str, dst: Path, dry_run: bool, threads: int | None, force: bool, quiet: bool, **options: Any) -> None:
+    """Pack the model SRC to NF4 and write it to DST.
+
+    SRC is a directory, a safetensors file or index, or the id of a model of the Hugging Face hub. Interrupted, the same
+    command goes on where it was.
+    """
+    from qpack import report
+
+    if dry_run:
+        report.print_dry_run(dst, qpack.plan_conversion(src, dst, **options))
+        return
     with terminal.progress("convert", "bytes", quiet=quiet) as on_progress:
-        report = qpack.convert(src, dst, on_progress=on_progress, **options)
-    size = f"{format_size(report.source_bytes)} to {format_size(report.result.bytes)}"
-    bits = f"{report.result.packed_bits:.3f} bits a packed weight, {report.result.bits:.3f} over all"
-    click.echo(f"{dst}: {len(report.result.packed)} weights packed, {size}, {bits}, in {report.seconds:.1f} s")
+        done = qpack.convert(src, dst, threads=threads, force=force, on_progress=on_progress, **options)
+    report.print_conversion(dst, done)
 
 
 def _setting(flag: str, type: type, help: str) -> Callable[[_Command], _Command]:

@@ -176,9 +176,7 @@ def convert(
     destination = Path(destination)
     inputs = _local(source)
     with resumable_directory(destination, force=force, marker=CONFIG_NAME, inputs=inputs) as work:
-        opened = open_source(
-            source, work=work.scratch, revision=revision, allow_pickle=allow_pickle, low_disk=low_disk
-        )
+        opened = open_source(source, work=work.scratch, revision=revision, allow_pickle=allow_pickle, low_disk=low_disk)
         checkpoint = opened.checkpoint
         refuse_inputs(destination, opened.directories)
         rules = None if options.rules is None else Rules.read(options.rules)

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,15 @@ class TensorReport:
         return int(found[1]) if found and found[1] else None
 
 
+def _relative(tensors: Iterable[TensorReport]) -> float | None:
+    """Norm of all differences over that of all weights, as if the tensors were one."""
+    known = [tensor.error for tensor in tensors if tensor.error is not None]
+    norm = math.hypot(*(error.norm for error in known))
+    if not known:
+        return None
+    return math.hypot(*(error.relative * error.norm for error in known)) / norm if norm else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """The weights of one kind that are stored in one way."""
@@ -108,9 +117,8 @@ class Kind:
 
     @property
     def error(self) -> float | None:
-        """Mean relative error over the tensors; None where none is known."""
-        errors = [tensor.error.relative for tensor in self.tensors if tensor.error is not None]
-        return math.fsum(errors) / len(errors) if errors else None
+        """Relative error of the tensors together; None where none is known."""
+        return _relative(self.tensors)
 
     @property
     def worst(self) -> TensorReport | None:
@@ -158,8 +166,8 @@ class Inspection:
 
     @property
     def error(self) -> float | None:
-        """Mean relative error of the packed weights; None where none is known."""
-        return Kind("", "", None, None, self.tensors).error
+        """Relative error of all packed weights together; None where none is known."""
+        return _relative(self.tensors)
 
     def by_dtype(self) -> dict[str, tuple[int, int, int]]:
         """Number of tensors, weights and bytes of each dtype, largest first."""

@@ -1,10 +1,12 @@
-"""An inspection as text: a table by kind of module on a terminal or in a pipe, and one weight in detail.
+"""What commands print of checkpoints: a table by kind of module, one weight in detail, what was or would be packed.
 
 On a terminal, bold and dim; in a pipe plain lines, as wide as the longest name needs.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qpack import fit
 from qpack._core import LEVELS
+from qpack.conversion import ConvertReport, DryRun
+from qpack.errors import CheckpointError
 from qpack.inspection import Examination, Inspection, Kind, TensorReport
 from qpack.sizes import format_size
 
@@ -26,7 +31,7 @@ def summary(inspection: Inspection) -> dict[str, str]:
     if packed:
         lines["packed"] = f"{packed} of {len(inspection.tensors)} tensors, {inspection.packed_bits:.3f} bits a weight"
     if inspection.error is not None:
-        lines["error"] = f"{percent(inspection.error)} on average (norm of the difference over that of the weight)"
+        lines["error"] = f"{percent(inspection.error)} of the norm of the packed weights"
     if made := inspection.manifest:
         source = made.source
         at = f" at {source['revision']}" if source.get("revision") else ""
@@ -105,6 +110,63 @@ def print_examination(found: Examination) -> None:
     if found.codes is not None:
         parts += [Text(), _levels(found.codes)]
     _show(parts)
+
+
+def print_conversion(destination: Path, report: ConvertReport) -> None:
+    """Print what was packed, at which size and error, and what was kept and why."""
+    result = report.result
+    size = f"{format_size(report.source_bytes)} to {format_size(result.bytes)}"
+    bits = f"{result.packed_bits:.3f} bits a packed weight, {result.bits:.3f} over all"
+    resumed = f", {format_size(report.resumed_bytes)} of it done before" if report.resumed_bytes else ""
+    lines = {"packed": f"{len(result.packed)} weights, {size}{resumed}, in {report.seconds:.1f} s", "bits": bits}
+    if result.error is not None:
+        worst = max(result.packed, key=lambda weight: weight.error.relative if weight.error else 0.0)
+        lines["error"] = (
+            f"{percent(result.error)}, worst {percent(worst.error.relative)} in {worst.name}" if worst.error else ""
+        )
+    lines |= _kept((tensor.reason or "", tensor.bytes) for tensor in result.tensors if tensor.blocksize is None)
+    if report.foreign:
+        lines["note"] = f"stock transformers cannot load {', '.join(report.foreign)} in 4 bits; qpack.load can"
+    _show([Text(str(destination), style="bold"), _pairs(lines)])
+
+
+def print_dry_run(destination: Path, dry: DryRun) -> None:
+    """Print what would be written, how long it would take, and what it would fit."""
+    parts = [part for recipe in dry.plan.recipes for part in recipe.parts]
+    packed = [part for part in parts if part.packing]
+    files = f"{len(dry.files)} file{'s' if len(dry.files) > 1 else ''}"
+    lines = {
+        "would pack": f"{len(packed)} weights, {format_size(dry.source_bytes)} to {format_size(dry.bytes)} in {files}",
+        "bits": f"{dry.packed_bits:.3f} a packed weight, {8 * dry.bytes / sum(part.weights for part in parts):.3f} over all",
+    }
+    lines |= _kept((part.reason, 0) for part in parts if not part.packing)
+    if dry.seconds is not None and dry.read_rate is not None:
+        lines["time"] = f"about {dry.seconds:.0f} s, at {format_size(dry.read_rate)}/s as the source was read just now"
+    room = f"{format_size(dry.free_bytes)} free for {format_size(dry.bytes)}"
+    if dry.scratch_bytes:
+        room += f" and {format_size(dry.scratch_bytes)} of shards meanwhile"
+    lines["disk"] = room if dry.fits_disk else f"NO ROOM: {room}"
+    try:
+        model = fit.Model.of(dry.config, dry.plan.packed, dry.bytes)
+    except CheckpointError as error:
+        lines["GPU"] = str(error)
+    else:
+        lines["serving"] = str(fit.serving(model)).partition(": ")[2]
+        lines["training"] = str(fit.training(model)).partition(": ")[2]
+    _show([Text(f"{destination} (dry run, nothing is written)", style="bold"), _pairs(lines)])
+
+
+def _kept(reasons: Iterable[tuple[str, int]]) -> dict[str, str]:
+    """What is not packed: how many tensors for each reason, and their bytes where those are known."""
+    count, size = Counter[str](), Counter[str]()
+    for reason, nbytes in reasons:
+        count[reason] += 1
+        size[reason] += nbytes
+    groups = [
+        f"{number} x {reason}" + (f" ({format_size(size[reason])})" if size[reason] else "")
+        for reason, number in count.most_common()
+    ]
+    return {"kept": ", ".join(groups)} if groups else {}
 
 
 def percent(share: float) -> str:

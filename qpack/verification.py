@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpack import _core
+from qpack import _core, families, modules
 from qpack._core import SUFFIXES, TensorInfo
 from qpack.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_json_object
 from qpack.errors import CheckpointError
 from qpack.manifest import MANIFEST_NAME, Manifest, WeightError, describe
-from qpack.plan import Part, Recipe
+from qpack.plan import Packing
 from qpack.sizes import format_size
 
 _ROUNDING = 2.0**-16
@@ -90,7 +90,7 @@ def verify(
 ) -> Verification:
     """Check the checkpoint in ``directory``, and ``against`` the model that it was packed from.
 
-    Reads everything once (the source twice), a few chunks a thread in memory. ``on_progress`` gets bytes done and in
+    Reads everything once, a few chunks a thread in memory. ``on_progress`` gets bytes done and in
     all.
 
     Raises:
@@ -103,7 +103,7 @@ def verify(
         raise CheckpointError(f"{directory}: not a directory")
     source = None if against is None else Checkpoint.open(against)
     stored = _Stored(directory)
-    progress = _Progress(on_progress, stored.bytes + (2 * source.tensor_bytes if source else 0))
+    progress = _Progress(on_progress, stored.bytes + (source.tensor_bytes if source else 0))
     digests = stored.digests(progress, threads or 0)
     if stored.manifest is not None:
         stored.check_manifest(stored.manifest, digests)
@@ -122,17 +122,6 @@ def verify(
         problems=tuple(stored.problems),
         seconds=time.monotonic() - start,
     )
-
-
-def same_named(source: Checkpoint) -> tuple[Recipe, ...]:
-    """The plan by which every tensor of ``source`` is stored under its own name.
-
-    Raises:
-        CheckpointError: if ``source`` is quantized, so that its tensors are not the weights.
-    """
-    if "quantization_config" in source.config:
-        raise CheckpointError(f"{source.directory}: is quantized itself, so it cannot be compared with")
-    return tuple(Recipe(name, (Part(name, info.shape),)) for name, info in source.tensors.items())
 
 
 def _fingerprint(tensors: Mapping[str, TensorInfo], digests: Mapping[str, str]) -> str:
@@ -266,30 +255,45 @@ class _Stored:
 
     def compare(self, source: Checkpoint, progress: "_Progress", threads: int) -> dict[str, WeightError]:
         """Compare with ``source``; the error of every packed weight."""
-        self._check_source(source, progress, threads)
-        recipes = same_named(source)
-        pairs = [pair for recipe in recipes for pair in self._pairs(recipe, source)]
-        made = {part.name for recipe in recipes for part in recipe.parts}
-        for name, file in self.files.items():
-            if name not in made and _weight_of(name) == name:
-                self._report(file, f"{source.directory} has nothing that it was made from", name)
-        errors: dict[str, WeightError] = {}
         if not self.whole:
-            return errors
-        for found in progress.run(_core.compare_packed, self.paths, source.shards, pairs, threads=threads):
-            if found.problem is not None:
-                file = self.files[found.name]
-                reason = found.problem.removeprefix(f"{self.directory / file}: ")
-                self.problems.append(Problem(file, reason, None, found.name))
-            elif found.packed:
-                errors[found.name] = WeightError(found.relative, found.worst, found.worst_block)
-                self._check_error(found.name, errors[found.name])
-            elif found.first_difference is not None:
-                kept, original = self.tensors[found.name], source.tensors[dict(pairs)[found.name]]
-                cast = "" if kept.dtype == original.dtype else f" rounded to {kept.dtype}"
-                reason = f"is not what {source.directory} has{cast}, from flat index {found.first_difference} on"
-                self._report(self.files[found.name], reason, found.name)
+            return {}
+        plan = self._plan(source)
+        made = {part.name for recipe in plan.recipes for part in recipe.parts}
+        for name in sorted(self.tensors.keys() - made):
+            if _weight_of(name) == name:
+                self._report(self.files[name], f"{source.directory} has nothing that it was made from", name)
+        found = progress.run(_core.compare_packed, self.paths, source.shards, plan.recipes, threads=threads)
+        recorded = self.manifest.source.get("digest") if self.manifest else None
+        if recorded not in (None, found.source_fingerprint):
+            there = f"those of {source.directory} have {found.source_fingerprint}"
+            self._report(MANIFEST_NAME, f"was packed from tensors with digest {recorded}, {there}")
+        errors = {name: WeightError(*error) for name, error in found.errors.items()}
+        for name in sorted(found.errors):
+            self._check_error(name, errors[name])
+        for name, index in sorted(found.differences.items()):
+            reason = f"is not what {source.directory} has{self._cast(name, source)}, from flat index {index} on"
+            self._report(self.files[name], reason, name)
+        for name, reason in sorted(found.problems.items()):
+            if name not in self.broken and name not in self.missing:
+                file = self.files.get(name, self.root)
+                self.problems.append(Problem(file, reason.removeprefix(f"{self.directory / file}: "), None, name))
         return errors
+
+    def _plan(self, source: Checkpoint) -> modules.Plan:
+        """How ``source`` was packed, going by what is packed here and what is not."""
+        packed = self.packed
+        head = f"{families.OUTPUT_EMBEDDING}.weight" in packed
+        plan = modules.plan(source, packing=Packing(), pack_lm_head=head)
+        kept = {
+            group: None for group, names in modules.groups(plan).items() if not any(name in packed for name in names)
+        }
+        return modules.plan(source, packing=Packing(), pack_lm_head=head, chosen=kept) if kept else plan
+
+    def _cast(self, name: str, source: Checkpoint) -> str:
+        original = source.tensors.get(name)
+        return (
+            f" rounded to {self.tensors[name].dtype}" if original and original.dtype != self.tensors[name].dtype else ""
+        )
 
     def _read_manifest(self) -> Manifest | None:
         if not (self.directory / MANIFEST_NAME).exists():
@@ -369,31 +373,6 @@ class _Stored:
             self._report(self.files[name], f"is {header}, recorded {recorded_header}", name)
         if digest != recorded_digest:
             self._report(self.files[name], f"bytes have digest {digest}, recorded {recorded_digest}", name)
-
-    def _check_source(self, source: Checkpoint, progress: "_Progress", threads: int) -> None:
-        found = progress.run(_core.digest_tensors, source.shards, threads=threads)
-        digests = {name: digest for _, name, digest in found}
-        if self.manifest is None:
-            return
-        digest, recorded = _fingerprint(source.tensors, digests), self.manifest.source.get("digest")
-        if digest != recorded:
-            reason = f"was packed from tensors with digest {recorded}, those of {source.directory} have {digest}"
-            self._report(MANIFEST_NAME, reason)
-
-    def _pairs(self, recipe: Recipe, source: Checkpoint) -> list[tuple[str, str]]:
-        """What can be compared of ``recipe``; what cannot is reported."""
-        pairs = []
-        for part in recipe.parts:
-            as_it_is = part.matrix == 0 and part.rows == (0, 1) and not part.transpose and recipe.scale is None
-            if not as_it_is or part.shape != source.tensors[recipe.source].shape:
-                raise CheckpointError(f"{source.directory}: {recipe.source} is encoded or split, which is not compared")
-            if part.name in self.broken or part.name in self.missing:
-                continue
-            if part.name not in self.tensors:
-                self._report(self.root, f"no file holds it, but {source.directory} does", part.name)
-            else:
-                pairs.append((part.name, recipe.source))
-        return pairs
 
     def _check_error(self, name: str, found: WeightError) -> None:
         recorded = self.manifest.errors.get(name) if self.manifest else None

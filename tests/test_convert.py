@@ -200,8 +200,14 @@ BAD_SOURCES = {
         r"model-00002-of-00003\.safetensors: no such file, but model\.safetensors\.index\.json names it",
     ),
     "truncated shard": (truncate, r"model-00002-of-00003\.safetensors: tensor \S+ ends at byte \d+.*truncated\?"),
-    "index leaves the directory": (lambda s: edit_index(s, "../x.safetensors"), r'model\.norm\.weight in "\.\./x\.safetensors", which is not a file of this directory'),
-    "absolute index": (lambda s: edit_index(s, "/etc/passwd"), 'in "/etc/passwd", which is not a file of this directory'),
+    "index leaves the directory": (
+        lambda s: edit_index(s, "../x.safetensors"),
+        r'model\.norm\.weight in "\.\./x\.safetensors", which is not a file of this directory',
+    ),
+    "absolute index": (
+        lambda s: edit_index(s, "/etc/passwd"),
+        'in "/etc/passwd", which is not a file of this directory',
+    ),
     "index and shard disagree": (
         lambda s: edit_index(s, "model-00001-of-00003.safetensors"),
         r"tensor model\.norm\.weight, which model\.safetensors\.index\.json",

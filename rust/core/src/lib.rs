@@ -7,7 +7,6 @@
 
 #![cfg_attr(test, allow(clippy::float_cmp, reason = "the tests are about exact values"))]
 
-pub mod compare;
 pub mod digest;
 mod dtype;
 pub mod encoded;

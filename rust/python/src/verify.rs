@@ -1,18 +1,20 @@
 //! Digests, comparisons and statistics of what is stored.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use qpack_core::compare::{Distance, Found};
 use qpack_core::digest::Fingerprint;
 use qpack_core::safetensors::{Checkpoint, File};
-use qpack_core::{Dtype, Error, Result, compare, statistics, verify};
-use rayon::prelude::*;
+use qpack_core::{Dtype, Error, Result, pack, statistics, verify};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::errors::to_python;
+use crate::recipe::{Recipe, checked};
 use crate::watch::watch;
+use crate::write::{error_tuples, workers};
 
 /// Threads to share the work of one call; 0 takes all cores.
 fn pool(threads: usize) -> ThreadPool {
@@ -56,51 +58,38 @@ pub fn broken_weights(py: Python<'_>, paths: Vec<PathBuf>) -> PyResult<Vec<(Stri
 }
 
 #[pyclass(frozen, get_all, module = "qpack._core")]
-#[derive(Default)]
 pub struct Comparison {
-    name: String,
-    packed: bool,
-    relative: f64,
-    worst: f64,
-    worst_block: u64,
-    first_difference: Option<u64>,
-    problem: Option<String>,
-}
-
-/// What was found of the weight `name`; a pair that cannot be compared is a finding too.
-fn comparison(name: String, found: Result<Found>) -> Result<Comparison> {
-    Ok(match found {
-        Ok(Found::Packed(Distance { relative, worst, worst_block })) => {
-            Comparison { name, packed: true, relative, worst, worst_block, ..Comparison::default() }
-        }
-        Ok(Found::Kept(first_difference)) => Comparison { name, first_difference, ..Comparison::default() },
-        Err(error @ Error::Malformed { .. }) => {
-            Comparison { name, problem: Some(error.to_string()), ..Comparison::default() }
-        }
-        Err(error) => return Err(error),
-    })
+    errors: BTreeMap<String, (f64, f64, f64, u64)>,
+    differences: BTreeMap<String, u64>,
+    problems: BTreeMap<String, String>,
+    source_fingerprint: String,
 }
 
 #[pyfunction]
-#[pyo3(signature = (paths, sources, pairs, *, threads=0, on_progress=None))]
+#[pyo3(signature = (paths, sources, recipes, *, threads=0, on_progress=None))]
 pub fn compare_packed(
     py: Python<'_>,
     paths: Vec<PathBuf>,
     sources: Vec<PathBuf>,
-    pairs: Vec<(String, String)>,
+    recipes: Vec<Recipe>,
     threads: usize,
     on_progress: Option<Py<PyAny>>,
-) -> PyResult<Vec<Comparison>> {
+) -> PyResult<Comparison> {
+    let recipes = checked(recipes)?;
     let open = || Ok((Checkpoint::open(&paths)?, Checkpoint::open(&sources)?));
     let (stored, originals) = py.detach(open).map_err(to_python)?;
-    let pairs = pairs.into_iter().map(|(name, source)| Ok((name, originals.tensor(&source)?)));
-    let pairs = pairs.collect::<Result<Vec<_>>>().map_err(to_python)?;
-    let total = pairs.iter().map(|(_, original)| original.info.bytes()).sum();
-    watch(py, total, on_progress.as_ref(), |job| {
-        let found = pairs.par_iter();
-        let found =
-            found.map(|(name, original)| comparison(name.clone(), compare::compare(&stored, name, *original, job)));
-        pool(threads).install(|| found.collect())
+    let differences = Mutex::default();
+    let compare = || pack::compare(&stored, &originals, &recipes, &differences);
+    let plan = py.detach(compare).map_err(to_python)?;
+    let total = plan.source_bytes();
+    let work = |job: &_| plan.examine(workers(threads), &(), job);
+    let found = watch(py, total, on_progress.as_ref(), work)?;
+    let pack::Differences { kept, problems } = differences.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(Comparison {
+        errors: error_tuples(found.errors),
+        differences: kept,
+        problems,
+        source_fingerprint: found.source_fingerprint,
     })
 }
 

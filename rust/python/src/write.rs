@@ -8,7 +8,7 @@ use std::{slice, thread};
 use pyo3::prelude::*;
 use qpack_core::merge::FactorNames;
 use qpack_core::safetensors::Checkpoint;
-use qpack_core::stream::{self, Supply};
+use qpack_core::stream::{self, Supply, WeightError};
 use qpack_core::{Error, Result, pack as packing};
 
 use crate::errors::to_python;
@@ -31,9 +31,7 @@ impl From<stream::Written> for Written {
     fn from(written: stream::Written) -> Self {
         let stream::Written { files, tensor_bytes, resumed_bytes, digests, fingerprint, source_fingerprint, errors } =
             written;
-        let errors = errors.into_iter();
-        let errors = errors.map(|(name, error)| (name, (error.relative, error.norm, error.worst, error.worst_block)));
-        Self { files, tensor_bytes, resumed_bytes, digests, fingerprint, source_fingerprint, errors: errors.collect() }
+        Self { files, tensor_bytes, resumed_bytes, digests, fingerprint, source_fingerprint, errors: error_tuples(errors) }
     }
 }
 
@@ -56,7 +54,14 @@ fn supply_error(file: &Path, error: PyErr) -> Error {
     Error::Supply { path: file.to_owned(), source: Box::new(error) }
 }
 
-fn workers(threads: usize) -> usize {
+/// Relative error, norm, the worst block's relative error and its index, by weight.
+pub fn error_tuples(errors: BTreeMap<String, WeightError>) -> BTreeMap<String, (f64, f64, f64, u64)> {
+    let errors = errors.into_iter();
+    errors.map(|(name, error)| (name, (error.relative, error.norm, error.worst, error.worst_block))).collect()
+}
+
+/// The number of workers that is meant by `threads`: 0 stands for all cores.
+pub fn workers(threads: usize) -> usize {
     if threads > 0 { threads } else { thread::available_parallelism().map_or(1, NonZero::get) }
 }
 

@@ -4,6 +4,7 @@
 //! every second row, the transpose; packed or kept. [`plan`] checks it against the source and gives a [`stream::Plan`].
 
 mod chunks;
+mod compare;
 mod encoding;
 mod measure;
 mod run;
@@ -13,7 +14,8 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use chunks::Chunk;
-use encoding::Encoding;
+pub use compare::{Differences, compare};
+use encoding::{Decoder, Encoding};
 pub use measure::measure;
 use run::PackRun;
 

@@ -66,29 +66,37 @@ impl<'p> PackRun<'p> {
             }
         }
     }
+}
 
-    /// Bytes an element, once decoded.
-    fn element_size(&self) -> usize {
-        self.pack.encoding.float().map_or(self.pack.source.info.dtype.size() as usize, Float::size)
+/// Decode a chunk of `pack` and hand each part in it its elements as floats, with the number of the first one. Returns
+/// the chunks that `put` wants once more.
+pub(super) fn cut(
+    pack: &Pack<'_>,
+    decoder: &Decoder,
+    chunk: usize,
+    bytes: &[u8],
+    mut put: impl FnMut(usize, u64, &[u8]) -> Result<Range<usize>>,
+) -> Result<Range<usize>> {
+    let chunk = &pack.chunks[chunk];
+    let floats = decoder.decode(chunk.first, bytes);
+    match &chunk.work {
+        Work::Run { part, first } => put(*part, *first, &floats),
+        Work::Matrix { parts, rows, columns } => {
+            let size = pack.encoding.float().map_or(pack.source.info.dtype.size() as usize, Float::size);
+            let mut gathered = Vec::new();
+            for part in parts.clone() {
+                gather(&pack.parts[part].0, &floats, [*rows, *columns], size, &mut gathered);
+                let again = put(part, 0, &gathered)?;
+                debug_assert!(again.is_empty(), "a part that comes whole is done at once");
+            }
+            Ok(0..0)
+        }
     }
 }
 
 impl Run for PackRun<'_> {
     fn chunk(&self, chunk: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Range<usize>> {
-        let chunk = &self.pack.chunks[chunk];
-        let floats = self.decoder.decode(chunk.first, bytes);
-        match &chunk.work {
-            Work::Run { part, first } => self.put(*part, *first, &floats, sink),
-            Work::Matrix { parts, rows, columns } => {
-                let mut gathered = Vec::new();
-                for part in parts.clone() {
-                    gather(&self.pack.parts[part].0, &floats, [*rows, *columns], self.element_size(), &mut gathered);
-                    let again = self.put(part, 0, &gathered, sink)?;
-                    debug_assert!(again.is_empty(), "a part that comes whole is done at once");
-                }
-                Ok(0..0)
-            }
-        }
+        cut(self.pack, &self.decoder, chunk, bytes, |part, first, floats| self.put(part, first, floats, sink))
     }
 
     fn errors(&self) -> BTreeMap<String, WeightError> {
