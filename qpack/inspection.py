@@ -19,7 +19,7 @@ from qpack.errors import CheckpointError
 from qpack.manifest import MANIFEST_NAME, Manifest, WeightError
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(?:(\d+)\.)?(.+)")
+_EXPERT = re.compile(r"\.((?:shared_)?experts?)\.(?:(\d+)\.)?(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class TensorReport:
         """The role that the weight has in every layer: ``q_proj``, ``experts.up_proj``, ``norm``, ``q_proj.bias``."""
         path = self.name.removesuffix(".weight")
         if expert := _EXPERT.search(path):
-            return f"experts.{expert[2]}"
+            return f"{expert[1]}.{expert[3]}"
         *_, module = path.removesuffix(".bias").split(".")
         if "norm" in module:
             return "norm"
@@ -72,7 +72,7 @@ class TensorReport:
     def expert(self) -> int | None:
         """Index of the expert that it is of, if of one."""
         found = _EXPERT.search(self.name)
-        return int(found[1]) if found and found[1] else None
+        return int(found[2]) if found and found[2] else None
 
 
 def _relative(tensors: Iterable[TensorReport]) -> float | None:
@@ -308,7 +308,7 @@ def _inspection(checkpoint: Checkpoint) -> Inspection:
 
 _ORDER = (
     "embed_tokens", "wte", "wpe",
-    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj",
+    "q_proj", "q_a_proj", "q_b_proj", "k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "v_proj", "qkv_proj", "o_proj",
     "gate_proj", "up_proj", "gate_up_proj", "down_proj",
 )  # fmt: skip
 """How people read a decoder layer; other kinds follow, then norms, then the output embedding."""

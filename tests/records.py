@@ -7,7 +7,6 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import blake3
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import qpack
@@ -80,9 +79,3 @@ def record(directory: Path, source: Path, **options: Any) -> Manifest:
     )
     manifest.write(directory)
     return manifest
-
-
-def metadata(path: Path) -> dict[str, str]:
-    """The free-form strings of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}

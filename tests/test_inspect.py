@@ -46,6 +46,7 @@ def recorded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model.embed_tokens.weight", "embed_tokens", None, None),
         ("lm_head.weight", "lm_head", None, None),
         ("model.layers.3.mlp.experts.17.gate_proj.weight", "experts.gate_proj", 3, 17),
+        ("model.layers.3.mlp.shared_experts.up_proj.weight", "shared_experts.up_proj", 3, None),
         ("model.layers.3.mlp.experts.down_proj", "experts.down_proj", 3, None),
         ("model.language_model.layers.5.mlp.gate.weight", "gate", 5, None),
         ("transformer.h.7.attn.c_attn.weight", "c_attn", 7, None),

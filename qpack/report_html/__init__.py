@@ -35,14 +35,7 @@ def write(inspection: Inspection, path: Path, *, force: bool) -> None:
             file.flush()
             os.fchmod(descriptor, 0o644)
             os.fsync(descriptor)
-        if force:
-            os.replace(partial, path)
-        else:
-            os.link(partial, path)  # refuses what has come into being since
-            os.unlink(partial)
-    except FileExistsError:
-        os.unlink(partial)
-        raise OutputExistsError(f"{path}: already exists (--force replaces it)") from None
+        os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
@@ -191,7 +184,7 @@ The axis does not begin at zero. Point at a mark for its value.</p>
 
 
 def _provenance(inspection: Inspection) -> str:
-    lines = {"directory": str(inspection.directory.resolve()), "files": ", ".join(inspection.files)}
+    lines = {"directory": str(inspection.directory.resolve()), "files": _files(inspection.files)}
     lines |= {key: value for key, value in summary(inspection).items() if key in ("source", "options", "fingerprint")}
     items = "\n".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in lines.items())
     return f"""<section aria-labelledby="origin">
@@ -200,6 +193,10 @@ def _provenance(inspection: Inspection) -> str:
 {items}
 </dl>
 </section>"""
+
+
+def _files(files: tuple[str, ...]) -> str:
+    return ", ".join(files) if len(files) <= 4 else f"{files[0]} to {files[-1]}"
 
 
 def _short(count: int) -> str:
