@@ -188,7 +188,10 @@ def convert(
             plan = _spend(opened, options, rules, plan, threads=threads or 0, on_progress=on_progress)
         for recipe in plan.recipes:
             for part in recipe.parts:
-                logger.debug("%s %s %s %s", "pack" if part.packing else "keep", part.name, part.shape, part.reason)
+                if part.packing:
+                    logger.debug("pack %s %s in blocks of %d", part.name, part.shape, part.packing.blocksize)
+                else:
+                    logger.debug("keep %s %s: %s", part.name, part.shape, part.reason)
         written = _core.pack(
             checkpoint.shards,
             work.directory,

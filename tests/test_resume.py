@@ -27,7 +27,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def write_weights(directory: Path, layers: int, size: int) -> Path:
     """A Llama's config, and its layers' up_proj alone, ``size`` by ``size``, each layer in a file of its own."""
     directory.mkdir()
-    (directory / "config.json").write_text('{"model_type": "llama"}')
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers}))
     placed: dict[str, str] = {}
     for layer in range(layers):
         name, file = f"model.layers.{layer}.mlp.up_proj.weight", f"model-{layer}.safetensors"
