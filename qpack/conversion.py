@@ -63,8 +63,9 @@ def convert(
         raise ValueError(f"blocksize is {blocksize}, expected one of {', '.join(map(str, _core.BLOCKSIZES))}")
     max_shard_bytes = parse_size(max_shard_size)
     checkpoint = Checkpoint.open(source)
-    weights = _dense(checkpoint, Packing(blocksize, double_quant))
-    config = dict(checkpoint.config) | {"quantization_config": _quantization_config(checkpoint, weights, double_quant)}
+    planned = _dense(checkpoint, Packing(blocksize, double_quant))
+    weights = planned.packed
+    config = dict(checkpoint.config) | {"quantization_config": _quantization_config(checkpoint, planned, double_quant)}
     for name, info in checkpoint.tensors.items():
         logger.debug("%s %s %s %s", "pack" if name in weights else "keep", name, info.dtype, info.shape)
     inputs = [checkpoint.directory]
@@ -84,24 +85,18 @@ def convert(
     return ConvertReport(checkpoint.tensor_bytes, inspect(destination), time.monotonic() - start)
 
 
-def _dense(checkpoint: Checkpoint, packing: Packing) -> dict[str, tuple[int, ...]]:
-    """The weights to pack, by their names in the source."""
+def _dense(checkpoint: Checkpoint, packing: Packing) -> modules.Plan:
+    """The plan, if every tensor keeps its name and layout."""
     planned = modules.plan(checkpoint, packing=packing)
     for recipe in planned.recipes:
         if recipe.scale or len(recipe.parts) > 1 or recipe.parts[0].transpose or recipe.parts[0].name != recipe.source:
             raise CheckpointError(f"{checkpoint.directory}: cannot pack {recipe.source}, which changes its layout")
-    return planned.packed
+    return planned
 
 
-def _quantization_config(
-    checkpoint: Checkpoint, weights: dict[str, tuple[int, ...]], double_quant: bool
-) -> dict[str, Any]:
-    """transformers' `BitsAndBytesConfig` for what is written.
-
-    ``llm_int8_skip_modules`` always names the output embedding: any list at all switches transformers' own defaults
-    off, and vLLM would quantize on the fly a Linear that is not named.
-    """
-    dtypes = {checkpoint.tensors[name].dtype for name in weights}
+def _quantization_config(checkpoint: Checkpoint, planned: modules.Plan, double_quant: bool) -> dict[str, Any]:
+    """transformers' `BitsAndBytesConfig` for what is written."""
+    dtypes = {checkpoint.tensors[name].dtype for name in planned.packed}
     if len(dtypes) != 1 or not dtypes <= _TORCH_DTYPES.keys():
         found = ", ".join(sorted(dtypes))
         raise CheckpointError(f"{checkpoint.directory}: layer weights are {found}, expected all BF16, F16 or F32")
@@ -113,5 +108,5 @@ def _quantization_config(
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": _TORCH_DTYPES[dtypes.pop()],
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [modules.OUTPUT_EMBEDDING],
+        "llm_int8_skip_modules": list(planned.skip_modules),
     }

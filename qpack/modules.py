@@ -71,12 +71,14 @@ def plan(
     """Plan how to store every tensor of ``checkpoint``: weights as ``packing`` says, unless ``rules`` differ.
 
     ``pack_lm_head`` also packs the output embedding, which vLLM cannot load. ``chosen`` gives groups of weights (by the
-    names from `groups`) other settings than ``packing``, None to keep them; rules go before it.
+    names from `groups`) other settings than ``packing``, None to keep them, which routed experts (``.experts``) cannot
+    be; rules go before it.
 
     Raises:
         CheckpointError: for a model that is quantized already otherwise than `qpack.encoded` reads, that transformers
             does not know, that lacks weights, or whose output embedding is tied and to be packed.
         DataError: naming the rule that does nothing, cannot be followed, or would split a fused module.
+        ValueError: if ``chosen`` keeps routed experts.
     """
     config_path = checkpoint.directory / CONFIG_NAME
     sources = read_sources(checkpoint)
@@ -157,7 +159,11 @@ def _decide(draft: _Draft, packing: Packing, pack_lm_head: bool, chosen: Mapping
     if draft.part.reason:
         return draft
     settings = chosen.get(draft.group, packing)
-    return _keep(draft, "target bits") if settings is None else _pack(draft, settings)
+    if settings is not None:
+        return _pack(draft, settings)
+    if isinstance(draft.role, Experts):
+        raise ValueError(f"{draft.group} is chosen to be kept, but vLLM reads routed experts in 4 bits only")
+    return _keep(draft, "target bits")
 
 
 def _pack(draft: _Draft, packing: Packing) -> _Draft:

@@ -419,6 +419,12 @@ def test_chosen_settings_of_groups(tmp_path: Path) -> None:
     assert set(groups(planned(tmp_path))) >= {attention, mlp, "model.layers.0.mlp.down_proj"}
 
 
+def test_routed_experts_are_not_chosen_to_be_kept(tmp_path: Path) -> None:
+    skeleton(tmp_path, meta_model("qwen3_moe", **TINY["qwen3_moe"]))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts is chosen to be kept, but vLLM reads"):
+        planned(tmp_path, chosen={"model.layers.0.mlp.experts": None})
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt2 hub", "phi3", "gemma3", "olmo2"])
 def test_what_is_planned_loads_in_stock_transformers(family: str, tmp_path: Path) -> None:
     """The plan is carried out by torch and bitsandbytes; the loaded model computes what it did with rounded weights."""
