@@ -1,8 +1,9 @@
 """The structure of well-known families, told from the names of their tensors alone: packing them needs no torch.
 
-In a dense decoder every two-dimensional weight of a layer belongs to a Linear; GPT-2 and Falcon name theirs otherwise;
-a mixture of experts adds routers and, one tensor an expert, the experts. Whatever is not as expected (all experts of a
-layer in one tensor, a config without the number of layers) is left to `qpack.structure`; a test compares the two.
+In a dense decoder every two-dimensional weight of a layer belongs to a Linear, save norms with one row a head; GPT-2
+and Falcon name theirs otherwise; a mixture of experts adds routers and, one tensor an expert, the experts. Whatever is
+not as expected (all experts of a layer in one tensor, a config without the number of layers) is left to
+`qpack.structure`; a test compares the two.
 """
 
 import re
@@ -77,7 +78,7 @@ def read_anatomy(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         fused = _FUSED.fullmatch(name) if family in _MIXTURES else None
         if name == f"{OUTPUT_EMBEDDING}.weight":
             roles[name] = Linear(OUTPUT_EMBEDDING, keep=OUTPUT)
-        elif match and len(shape) == 2 and int(match["layer"]) < layers:
+        elif match and len(shape) == 2 and "norm" not in match["rest"] and int(match["layer"]) < layers:
             roles[name] = _layer_weight(family, match["layer"], match["rest"])
         elif fused and int(fused["layer"]) < layers:
             if family != "gpt_oss":

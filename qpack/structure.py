@@ -244,7 +244,7 @@ def _has_experts(module: "nn.Module | None") -> bool:
 
 
 def _expert_blocks(model: "PreTrainedModel") -> frozenset[str]:
-    """The names, with all the dots behind them, of every block that has experts somewhere in it."""
+    """The names, each with a dot behind it, of every block that has experts somewhere in it."""
     paths = [name for name, module in model.named_modules() if _has_experts(module) or name.endswith(".experts")]
     return frozenset(path[: match.end()] for path in paths for match in re.finditer(r"\.", path))
 

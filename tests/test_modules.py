@@ -48,6 +48,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 128},
 }
 TINY = {family: MIXTURES.get(family, OTHERS.get(family, SIZES)) for family in sorted(families.FAMILIES)}
+TINY["cohere qk_norm"] = SIZES | {"use_qk_norm": True}
 TINY["falcon new_decoder"] = TINY["falcon"] | {"new_decoder_architecture": True, "num_kv_heads": 2}
 
 PROJECTIONS = 7
@@ -395,12 +396,29 @@ def test_a_layer_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
         planned(write_skeleton(tmp_path, model.config.to_dict(), tensors))
 
 
+def test_experts_that_are_stored_twice_are_refused(tmp_path: Path) -> None:
+    model = meta_model("mixtral", **TINY["mixtral"])
+    tensors = stored_shapes(model) | stored_shapes(model, fused=True)
+    with pytest.raises(CheckpointError, match=r"\.\S+ is stored twice, by itself and in one tensor of experts"):
+        planned(write_skeleton(tmp_path, model.config.to_dict(), tensors))
+
+
+def test_fp8_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    model = meta_model("mixtral", **TINY["mixtral"])
+    tensors = stored_shapes(model, fused=True) | {"model.layers.0.mlp.experts.down_proj": ("F8_E4M3", (4, 64, 96))}
+    with pytest.raises(CheckpointError, match=r"down_proj is F8_E4M3 of shape \(4, 64, 96\), expected \(out_features"):
+        planned(write_skeleton(tmp_path, model.config.to_dict() | {"quantization_config": FP8}, tensors))
+
+
 def test_the_output_embedding_is_packed_when_asked_for(tmp_path: Path) -> None:
     model = meta_model("llama", **SIZES, tie_word_embeddings=False)
     result = planned(skeleton(tmp_path / "untied", model), pack_lm_head=True)
     assert result.packed["lm_head.weight"] == (128, 64)
     assert result.skip_modules == ()
     assert landed(result, model) == replaced(model, [])
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = meta_model("gemma3", text_config=SIZES, vision_config=vision, tie_word_embeddings=False)
+    assert "language_model.lm_head.weight" in planned(skeleton(tmp_path / "gemma3", model), pack_lm_head=True).packed
     skeleton(tmp_path / "tied", meta_model("llama", **SIZES, tie_word_embeddings=True))
     with pytest.raises(CheckpointError, match="the output embedding is tied to the input embedding"):
         planned(tmp_path / "tied", pack_lm_head=True)
