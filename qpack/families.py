@@ -2,11 +2,12 @@
 
 In a dense decoder every two-dimensional weight of a layer belongs to a Linear, save norms with one row a head; GPT-2
 and Falcon name theirs otherwise; a mixture of experts adds routers and, one tensor an expert, the experts. Whatever is
-not as expected (all experts of a layer in one tensor, a config without the number of layers) is left to
+not as expected (all experts of a layer in one tensor, a mixture's config without the number of layers) is left to
 `qpack.structure`; a test compares the two.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,8 +71,10 @@ def read_anatomy(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     """
     family = config.get("model_type")
     layers = config.get("num_hidden_layers", config.get("n_layer"))
-    if family not in FAMILIES or not isinstance(layers, int):
+    if family not in FAMILIES or (layers is None and family in _MIXTURES):
         return None
+    if not isinstance(layers, int):
+        layers = sys.maxsize  # only mixtures are stored with layers for multi-token prediction behind the model's own
     roles: dict[str, Role] = {}
     for name, shape in shapes.items():
         match = _PATTERNS.get(family, _LAYER).fullmatch(name)
