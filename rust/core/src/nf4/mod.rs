@@ -17,6 +17,7 @@ mod dequantize;
 mod moments;
 mod quantize_bf16;
 mod quantize_f32;
+mod tiles;
 
 pub use self::moments::{Moments, moments};
 
@@ -62,11 +63,11 @@ const ZERO_CODE: u8 = 7;
 /// The smallest scale that is divided by; keeps a block of zeros from dividing by zero.
 const MIN_SCALE: f32 = 1e-38;
 
+/// Values that the kernels take at a time, which divides all of [`BLOCKSIZES`].
+const GROUP: usize = 32;
+
 /// The largest of [`BLOCKSIZES`]: 16 kB of f32, which stay in the first-level cache.
 const MAX_BLOCKSIZE: usize = 4096;
-
-/// Bits of the smallest f32 magnitude that is not finite.
-const INFINITY_BITS: u32 = 0x7f80_0000;
 
 /// Number of blocks, and so of scales, for `elements` weights.
 pub fn blocks(elements: u64, blocksize: usize) -> u64 {
@@ -181,10 +182,17 @@ fn largest(values: &[f32]) -> f32 {
     f32::from_bits(values.iter().map(|value| value.to_bits() & 0x7fff_ffff).fold(0, u32::max))
 }
 
-/// Two codes a byte.
+/// Two codes a byte: plain loops, one over values and one over pairs, each of which becomes vector code.
+#[inline(always)]
 fn pack(values: &[f32], codes: &mut [u8], code: impl Fn(f32) -> u8) {
-    for (byte, pair) in codes.iter_mut().zip(values.chunks(2)) {
-        *byte = code(pair[0]) << 4 | pair.get(1).map_or(ZERO_CODE, |&value| code(value));
+    for (values, codes) in values.chunks(GROUP).zip(codes.chunks_mut(GROUP / 2)) {
+        let mut unpacked = [ZERO_CODE; GROUP];
+        for (unpacked, &value) in unpacked.iter_mut().zip(values) {
+            *unpacked = code(value);
+        }
+        for (byte, [even, odd]) in codes.iter_mut().zip(unpacked.as_chunks::<2>().0) {
+            *byte = even << 4 | odd;
+        }
     }
 }
 

@@ -11,7 +11,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::THRESHOLDS;
-use super::{INFINITY_BITS, MAX_BLOCKSIZE, quantize_block};
+use super::{MAX_BLOCKSIZE, quantize_block};
 use crate::{Float, Isa};
 
 /// Quantize whole blocks of `float`, which is f16 or f32.
@@ -59,27 +59,25 @@ fn quantize_portable(
 }
 
 #[cfg(target_arch = "x86_64")]
-#[allow(unsafe_code, reason = "vector loads from and stores to arrays of the vector's size, prefetches")]
+#[allow(unsafe_code, reason = "vector loads from and stores to arrays of the vector's size")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256, __m512, _CMP_GT_OQ, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_storel_epi64, _mm_storeu_si128,
+        __m256, __m512, _CMP_GT_OQ, _mm_loadu_si128, _mm_setr_epi8, _mm_shuffle_epi8, _mm_storeu_si128,
         _mm_unpacklo_epi16, _mm256_abs_epi8, _mm256_add_epi32, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256,
         _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtph_ps, _mm256_extracti128_si256, _mm256_loadu_ps,
         _mm256_loadu_si256, _mm256_maddubs_epi16, _mm256_max_epi32, _mm256_mul_ps, _mm256_packs_epi16,
         _mm256_packs_epi32, _mm256_packus_epi16, _mm256_permutevar8x32_ps, _mm256_set1_epi16, _mm256_set1_epi32,
         _mm256_set1_ps, _mm256_setzero_si256, _mm256_storeu_si256, _mm512_and_si512, _mm512_castps_si512,
-        _mm512_cmp_ps_mask, _mm512_cvtepi64_epi8, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_cmp_ps_mask, _mm512_cvtepi64_epi16, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
         _mm512_loadu_si512, _mm512_mask_add_epi32, _mm512_max_epu32, _mm512_mul_ps, _mm512_or_si512,
         _mm512_permutex2var_epi32, _mm512_permutex2var_ps, _mm512_reduce_max_epu32, _mm512_set1_epi32, _mm512_set1_ps,
-        _mm512_setzero_si512, _mm512_slli_epi64, _mm512_srli_epi64,
+        _mm512_setzero_si512, _mm512_slli_epi32, _mm512_slli_epi64, _mm512_srli_epi64,
     };
     use std::sync::LazyLock;
 
-    use super::{Float, INFINITY_BITS, THRESHOLDS};
-    use crate::nf4::MIN_SCALE;
-
-    /// Bytes that are prefetched ahead; the processor's own prefetcher stops at every page.
-    const AHEAD: usize = 6144;
+    use super::{Float, THRESHOLDS};
+    use crate::nf4::tiles::{self, prefetch_next};
+    use crate::nf4::{GROUP, MIN_SCALE};
 
     const CELLS: f32 = 15.0;
 
@@ -96,30 +94,6 @@ mod x86 {
         let before = |index| THRESHOLDS.into_iter().filter(|&threshold| cell(threshold) < index).count() as i32;
         (std::array::from_fn(|index| inside(index).unwrap_or(f32::INFINITY)), std::array::from_fn(before))
     });
-
-    /// Go over the blocks of `N` bytes a vector: `top` finds the bits of the largest magnitude, `encode(inverse, ..)`
-    /// writes the codes.
-    #[inline(always)]
-    fn quantize_blocks<const N: usize, const M: usize>(
-        bytes: &[u8],
-        groups: usize,
-        absmax: &mut [f32],
-        codes: &mut [u8],
-        top: impl Fn(&[[u8; N]]) -> u32,
-        encode: impl Fn(f32, &[[u8; N]], &mut [[u8; M]]),
-    ) -> Result<(), usize> {
-        let (values, codes) = (bytes.as_chunks().0, codes.as_chunks_mut().0);
-        let blocks = values.chunks_exact(groups).zip(codes.chunks_exact_mut(groups)).zip(absmax);
-        for (index, ((block, codes), scale)) in blocks.enumerate() {
-            let top = top(block);
-            if top >= INFINITY_BITS {
-                return Err(index);
-            }
-            *scale = f32::from_bits(top);
-            encode(1.0 / scale.max(MIN_SCALE), block, codes);
-        }
-        Ok(())
-    }
 
     #[target_feature(enable = "avx2,f16c")]
     pub(super) fn quantize_avx2(
@@ -146,7 +120,6 @@ mod x86 {
         }
     }
 
-    /// Groups of 32 values.
     #[inline]
     #[target_feature(enable = "avx2,f16c")]
     fn quantize_blocks_avx2<const N: usize>(
@@ -156,10 +129,9 @@ mod x86 {
         codes: &mut [u8],
         load: impl Fn(&[u8; N]) -> [__m256; 4],
     ) -> Result<(), usize> {
-        let top = |block: &[[u8; N]]| {
+        let largest = |block: &[[u8; N]]| {
             let mut top = _mm256_setzero_si256();
             for group in block {
-                prefetch(group);
                 for values in load(group) {
                     let magnitude = _mm256_and_si256(_mm256_castps_si256(values), _mm256_set1_epi32(0x7fff_ffff));
                     top = _mm256_max_epi32(top, magnitude);
@@ -168,7 +140,7 @@ mod x86 {
             let mut lanes = [0_u32; 8];
             // SAFETY: `lanes` is 32 bytes.
             unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), top) };
-            lanes.into_iter().fold(0, u32::max)
+            f32::from_bits(lanes.into_iter().fold(0, u32::max))
         };
         // Comparisons that hold are -1, so the bits found so far make an index of 0, -1, -2 ..: the tables, whose indices
         // are taken modulo 8, are written backwards.
@@ -181,9 +153,10 @@ mod x86 {
         let (quarter, three_quarters) = (_mm256_set1_ps(THRESHOLDS[3]), _mm256_set1_ps(THRESHOLDS[11]));
         let eighths = table([1, 1, 1, 1, 1, 13, 9, 5]);
         let sixteenths = table([0, 14, 12, 10, 8, 6, 4, 2]);
-        let encode = |inverse: f32, block: &[[u8; N]], codes: &mut [[u8; 16]]| {
-            let inverse = _mm256_set1_ps(inverse);
+        let encode = |absmax: f32, block: &[[u8; N]], codes: &mut [[u8; GROUP / 2]]| {
+            let inverse = _mm256_set1_ps(1.0 / absmax.max(MIN_SCALE));
             for (group, codes) in block.iter().zip(codes) {
+                prefetch_next(group);
                 let [a, b, c, d] = load(group).map(|values| {
                     let values = _mm256_mul_ps(values, inverse);
                     let first = _mm256_cmp_ps::<_CMP_GT_OQ>(values, middle);
@@ -204,7 +177,7 @@ mod x86 {
                 unsafe { _mm_storeu_si128(codes.as_mut_ptr().cast(), _mm_unpacklo_epi16(low, high)) };
             }
         };
-        quantize_blocks(bytes, blocksize / 32, absmax, codes, top, encode)
+        tiles::quantize(bytes, blocksize, absmax, codes, largest, encode)
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")]
@@ -216,21 +189,24 @@ mod x86 {
         codes: &mut [u8],
     ) -> Result<(), usize> {
         if float == Float::F16 {
-            let load = |group: &[u8; 32]| {
-                // SAFETY: `group` is 32 bytes.
-                _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(group.as_ptr().cast()) })
+            let load = |group: &[u8; 64]| {
+                let halves = group.as_chunks::<32>().0;
+                // SAFETY: a chunk is 32 bytes.
+                std::array::from_fn(|index| {
+                    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(halves[index].as_ptr().cast()) })
+                })
             };
             quantize_blocks_avx512(bytes, blocksize, absmax, codes, load)
         } else {
-            let load = |group: &[u8; 64]| {
-                // SAFETY: `group` is 64 bytes.
-                unsafe { _mm512_loadu_ps(group.as_ptr().cast()) }
+            let load = |group: &[u8; 128]| {
+                let floats = group.as_chunks::<64>().0;
+                // SAFETY: a chunk is 64 bytes.
+                std::array::from_fn(|index| unsafe { _mm512_loadu_ps(floats[index].as_ptr().cast()) })
             };
             quantize_blocks_avx512(bytes, blocksize, absmax, codes, load)
         }
     }
 
-    /// Groups of 16 values.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")]
     fn quantize_blocks_avx512<const N: usize>(
@@ -238,7 +214,7 @@ mod x86 {
         blocksize: usize,
         absmax: &mut [f32],
         codes: &mut [u8],
-        load: impl Fn(&[u8; N]) -> __m512,
+        load: impl Fn(&[u8; N]) -> [__m512; 2],
     ) -> Result<(), usize> {
         let (thresholds, before) = &*GRID;
         // SAFETY: the pointers are to sixteen values of 32 bits.
@@ -248,38 +224,38 @@ mod x86 {
                 [_mm512_loadu_si512(before.as_ptr().cast()), _mm512_loadu_si512(before[16..].as_ptr().cast())],
             )
         };
-        let top = |block: &[[u8; N]]| {
+        let largest = |block: &[[u8; N]]| {
             let mut top = _mm512_setzero_si512();
             for group in block {
-                prefetch(group);
-                let magnitude = _mm512_and_si512(_mm512_castps_si512(load(group)), _mm512_set1_epi32(0x7fff_ffff));
-                top = _mm512_max_epu32(top, magnitude);
+                for values in load(group) {
+                    let magnitude = _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fff_ffff));
+                    top = _mm512_max_epu32(top, magnitude);
+                }
             }
-            _mm512_reduce_max_epu32(top)
+            f32::from_bits(_mm512_reduce_max_epu32(top))
         };
-        let encode = |inverse: f32, block: &[[u8; N]], codes: &mut [[u8; 8]]| {
-            let inverse = _mm512_set1_ps(inverse);
+        let encode = |absmax: f32, block: &[[u8; N]], codes: &mut [[u8; GROUP / 2]]| {
+            let inverse = _mm512_set1_ps(1.0 / absmax.max(MIN_SCALE));
             for (group, codes) in block.iter().zip(codes) {
-                let values = _mm512_mul_ps(load(group), inverse);
-                let cell = _mm512_fmadd_ps(values, _mm512_set1_ps(CELLS), _mm512_set1_ps(ROUND));
-                let cell = _mm512_castps_si512(cell);
-                let threshold = _mm512_permutex2var_ps(thresholds[0], cell, thresholds[1]);
-                let code = _mm512_permutex2var_epi32(before[0], cell, before[1]);
-                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(values, threshold);
-                let code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
-                let pair = _mm512_or_si512(_mm512_slli_epi64::<4>(code), _mm512_srli_epi64::<32>(code));
-                // SAFETY: `codes` is eight bytes.
-                unsafe { _mm_storel_epi64(codes.as_mut_ptr().cast(), _mm512_cvtepi64_epi8(pair)) };
+                prefetch_next(group);
+                let [first, second] = load(group).map(|values| {
+                    let values = _mm512_mul_ps(values, inverse);
+                    let cell = _mm512_fmadd_ps(values, _mm512_set1_ps(CELLS), _mm512_set1_ps(ROUND));
+                    let cell = _mm512_castps_si512(cell);
+                    let threshold = _mm512_permutex2var_ps(thresholds[0], cell, thresholds[1]);
+                    let code = _mm512_permutex2var_epi32(before[0], cell, before[1]);
+                    let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(values, threshold);
+                    _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1))
+                });
+                // In each 64 bits an even and an odd element of the first vector, and above them of the second: two bytes.
+                let both = _mm512_or_si512(first, _mm512_slli_epi32::<8>(second));
+                let pair = _mm512_or_si512(_mm512_slli_epi64::<4>(both), _mm512_srli_epi64::<32>(both));
+                let pairs = _mm512_cvtepi64_epi16(pair);
+                let apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+                // SAFETY: `codes` is 16 bytes.
+                unsafe { _mm_storeu_si128(codes.as_mut_ptr().cast(), _mm_shuffle_epi8(pairs, apart)) };
             }
         };
-        quantize_blocks(bytes, blocksize / 16, absmax, codes, top, encode)
-    }
-
-    #[inline]
-    fn prefetch<const N: usize>(group: &[u8; N]) {
-        for line in (0..N).step_by(64) {
-            // SAFETY: a prefetch may be of any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(group.as_ptr().wrapping_add(AHEAD + line).cast()) };
-        }
+        tiles::quantize(bytes, blocksize, absmax, codes, largest, encode)
     }
 }
