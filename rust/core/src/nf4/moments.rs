@@ -104,7 +104,7 @@ mod x86 {
     };
 
     use super::{Float, LANES, LEVELS, Moments};
-    use crate::nf4::tiles::prefetch_next;
+    use crate::nf4::tiles::prefetch_ahead;
 
     /// The totals of sums of which eight lanes are left.
     #[inline]
@@ -152,7 +152,7 @@ mod x86 {
         for ((values, codes), out) in values.chunks_exact(groups).zip(codes.chunks_exact(groups)).zip(out) {
             let mut sums = [[_mm256_setzero_ps(); 3]; 2];
             for (values, codes) in values.iter().zip(codes) {
-                prefetch_next(values);
+                prefetch_ahead(values);
                 let codes = u64::from_le_bytes(*codes);
                 let levels = [lookup(codes as i32), lookup((codes >> 32) as i32)];
                 for ((sums, x), q) in sums.iter_mut().zip(load(values)).zip(levels) {
@@ -204,7 +204,7 @@ mod x86 {
         for ((values, codes), out) in values.chunks_exact(groups).zip(codes.chunks_exact(groups)).zip(out) {
             let mut sums = [_mm512_setzero_ps(); 3];
             for (values, codes) in values.iter().zip(codes) {
-                prefetch_next(values);
+                prefetch_ahead(values);
                 let byte = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(i64::from_le_bytes(*codes)));
                 // The permutation takes the lower four bits of each index.
                 let codes = _mm512_or_si512(_mm512_srli_epi64::<4>(byte), _mm512_slli_epi64::<32>(byte));

@@ -147,7 +147,7 @@ mod x86 {
     use std::sync::LazyLock;
 
     use super::{GROUP, Group, STEPS, THRESHOLDS, bf16, quantize_exotic, row};
-    use crate::nf4::tiles::{self, prefetch_next};
+    use crate::nf4::tiles::{self, prefetch_ahead};
 
     /// For each mantissa of an absmax the thresholds that each of four steps of halving can take, by the three bits of
     /// the code that the steps before it have found: bits not found yet count as 0.
@@ -219,7 +219,7 @@ mod x86 {
                 .each_ref()
                 .map(|table| _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(table.as_ptr().cast()) }));
             for (group, codes) in block.iter().zip(codes) {
-                prefetch_next(group);
+                prefetch_ahead(group);
                 let [first, second] = load_avx2(group).map(|words| {
                     let above = _mm256_subs_epu16(_mm256_and_si256(words, magnitude), base);
                     let s = _mm256_xor_si256(above, _mm256_srai_epi16::<15>(words));
@@ -278,7 +278,7 @@ mod x86 {
                 (_mm512_loadu_si512(entries.as_ptr().cast()), _mm512_loadu_si512(entries[32..].as_ptr().cast()))
             };
             for (group, codes) in block.iter().zip(codes) {
-                prefetch_next(group);
+                prefetch_ahead(group);
                 let words = load_avx512(group);
                 let above = _mm512_subs_epu16(_mm512_and_si512(words, magnitude), base);
                 let s = _mm512_xor_si512(above, _mm512_srai_epi16::<15>(words));

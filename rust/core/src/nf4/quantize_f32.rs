@@ -76,7 +76,7 @@ mod x86 {
     use std::sync::LazyLock;
 
     use super::{Float, THRESHOLDS};
-    use crate::nf4::tiles::{self, prefetch_next};
+    use crate::nf4::tiles::{self, prefetch_ahead};
     use crate::nf4::{GROUP, MIN_SCALE};
 
     const CELLS: f32 = 15.0;
@@ -156,7 +156,7 @@ mod x86 {
         let encode = |absmax: f32, block: &[[u8; N]], codes: &mut [[u8; GROUP / 2]]| {
             let inverse = _mm256_set1_ps(1.0 / absmax.max(MIN_SCALE));
             for (group, codes) in block.iter().zip(codes) {
-                prefetch_next(group);
+                prefetch_ahead(group);
                 let [a, b, c, d] = load(group).map(|values| {
                     let values = _mm256_mul_ps(values, inverse);
                     let first = _mm256_cmp_ps::<_CMP_GT_OQ>(values, middle);
@@ -237,7 +237,7 @@ mod x86 {
         let encode = |absmax: f32, block: &[[u8; N]], codes: &mut [[u8; GROUP / 2]]| {
             let inverse = _mm512_set1_ps(1.0 / absmax.max(MIN_SCALE));
             for (group, codes) in block.iter().zip(codes) {
-                prefetch_next(group);
+                prefetch_ahead(group);
                 let [first, second] = load(group).map(|values| {
                     let values = _mm512_mul_ps(values, inverse);
                     let cell = _mm512_fmadd_ps(values, _mm512_set1_ps(CELLS), _mm512_set1_ps(ROUND));

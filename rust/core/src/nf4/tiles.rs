@@ -1,13 +1,16 @@
 //! The order in which blocks are quantized: tile by tile, first the absmax of all of a tile's blocks, then their codes.
 //!
 //! Block by block every code would wait for the reduction of its block to one number, some 50 cycles, of which a processor
-//! overlaps only a few. A tile stays in the first-level cache between the two passes; while the second computes, it asks
-//! for the next tile's memory, since the processor's own prefetcher stops at every page.
+//! overlaps only a few. A tile stays in the first-level cache between the two passes; the second also asks for
+//! memory further on, since the processor's own prefetcher stops at every page.
 
 use super::GROUP;
 
 /// Values a tile, unless a block is larger.
-const TILE: usize = 2048;
+const TILE: usize = 1024;
+
+/// Bytes between what is read and what is prefetched.
+const AHEAD: usize = 8192;
 
 /// Quantize whole blocks, whose values come in groups of `N` bytes: `largest(groups)` finds the absmax of one,
 /// `encode(absmax, groups, codes)` writes its codes.
@@ -41,15 +44,14 @@ pub(super) fn quantize<const N: usize>(
     Ok(())
 }
 
-/// Ask for the memory one tile after `group`.
+/// Ask for the memory [`AHEAD`] of `group`.
 #[inline(always)]
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "a prefetch may be of any address")]
-pub(super) fn prefetch_next<const N: usize>(group: &[u8; N]) {
+pub(super) fn prefetch_ahead<const N: usize>(group: &[u8; N]) {
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     for line in (0..N).step_by(64) {
-        let next = group.as_ptr().wrapping_add(TILE / GROUP * N + line);
         // SAFETY: a prefetch may be of any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(next.cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(group.as_ptr().wrapping_add(AHEAD + line).cast()) };
     }
 }
