@@ -67,7 +67,7 @@ fn portable(bytes: &[u8], float: Float, codes: &[u8], blocksize: usize, out: &mu
             let elements = bytes.len() / float.size();
             float.decode(bytes, &mut x[..elements]);
             for (index, q) in q[..elements].iter_mut().enumerate() {
-                *q = LEVELS[usize::from(codes[index / 2] >> (4 * (1 - index % 2)) & 15)];
+                *q = LEVELS[usize::from((codes[index / 2] >> (4 * (1 - index % 2))) & 15)];
             }
             for lane in 0..LANES {
                 sums[0][lane] += x[lane] * x[lane];

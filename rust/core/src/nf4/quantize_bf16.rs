@@ -22,6 +22,8 @@
 //! Both factors must keep all their bits: an `absmax` whose inverse is not a normal number, or whose 1/32 is not, goes the
 //! slow way, through f32.
 
+#![allow(clippy::cast_possible_wrap, reason = "bits are seen as signed and unsigned in turn")]
+
 use std::sync::LazyLock;
 
 use super::{GROUP, MAX_BLOCKSIZE, THRESHOLDS as LEVEL_THRESHOLDS, quantize_block, tiles};
@@ -155,7 +157,7 @@ mod x86 {
         THRESHOLDS.map(|thresholds| {
             std::array::from_fn(|step| {
                 let half = 8 >> step;
-                std::array::from_fn(|found| thresholds[(2 * found & !(2 * half - 1)) + half - 1])
+                std::array::from_fn(|found| thresholds[((2 * found) & !(2 * half - 1)) + half - 1])
             })
         })
     });
@@ -165,7 +167,7 @@ mod x86 {
         std::array::from_fn(|mantissa| {
             let thresholds = &THRESHOLDS[mantissa];
             std::array::from_fn(|index| {
-                let start = (index as i16) << 10 >> 5;
+                let start = ((index as i16) << 10) >> 5;
                 if !(-STEPS..STEPS).contains(&start) {
                     return 0;
                 }

@@ -89,10 +89,13 @@ mod x86 {
     }
 
     /// The threshold in each cell, or one that nothing exceeds; and the number of thresholds in the cells before.
-    static GRID: LazyLock<([f32; 32], [i32; 32])> = LazyLock::new(|| {
+    static GRID: LazyLock<([f32; 32], [u32; 32])> = LazyLock::new(|| {
         let inside = |index| THRESHOLDS.into_iter().find(|&threshold| cell(threshold) == index);
-        let before = |index| THRESHOLDS.into_iter().filter(|&threshold| cell(threshold) < index).count() as i32;
-        (std::array::from_fn(|index| inside(index).unwrap_or(f32::INFINITY)), std::array::from_fn(before))
+        let before = |index| THRESHOLDS.into_iter().filter(|&threshold| cell(threshold) < index).count();
+        (
+            std::array::from_fn(|index| inside(index).unwrap_or(f32::INFINITY)),
+            std::array::from_fn(|index| before(index) as u32),
+        )
     });
 
     #[target_feature(enable = "avx2,f16c")]

@@ -94,13 +94,13 @@ impl Random {
 
     /// Below `end`.
     fn below(&mut self, end: u32) -> u32 {
-        (u64::from(self.bits()) * u64::from(end) >> 32) as u32
+        ((u64::from(self.bits()) * u64::from(end)) >> 32) as u32
     }
 
     /// A power of two of the range of f32, denormals included, or of f16.
     fn power(&mut self, float: Float) -> f32 {
         let (low, count) = if float == Float::F16 { (-24, 40) } else { (-149, 277) };
-        2.0_f64.powi(low + self.below(count) as i32) as f32
+        2.0_f64.powi(low + self.below(count).cast_signed()) as f32
     }
 
     /// 0 to 1.
@@ -234,7 +234,7 @@ fn every_path_decodes_as_a_table_in_f32() {
             })
             .collect();
         absmax[3..6].copy_from_slice(&[f32::INFINITY, f32::NAN, -0.0]);
-        let level = |index: usize| LEVELS[usize::from(codes[index / 2] >> (4 * (1 - index % 2)) & 15)];
+        let level = |index: usize| LEVELS[usize::from((codes[index / 2] >> (4 * (1 - index % 2))) & 15)];
         let values: Vec<f32> = (0..elements).map(|index| level(index) * absmax[index / blocksize]).collect();
         // The bits of a NaN are nobody's promise.
         let same = |out: &[f32], expected: &[f32]| {
