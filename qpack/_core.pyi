@@ -12,6 +12,8 @@ from typing import Protocol, final
 
 from qpack.plan import Packing, Recipe
 
+from typing_extensions import Buffer
+
 __all__ = [
     "BLOCKSIZES",
     "ISA",
@@ -34,12 +36,14 @@ __all__ = [
     "exchange",
     "fingerprint",
     "measure",
+    "dequantize_nf4_into",
     "merge",
     "nested_quant_map",
     "pack",
     "plan_pack",
     "quantize_nested",
     "quantize_nf4",
+    "quantize_nf4_into",
     "read_header",
     "read_index",
     "read_packed",
@@ -259,6 +263,22 @@ def quantize_nf4(weights: bytes, dtype: str, blocksize: int) -> tuple[bytes, byt
 
 def dequantize_nf4(codes: bytes, absmax: bytes, elements: int, dtype: str, blocksize: int) -> bytes:
     """The weights that codes and absmax (f32) stand for, rounded once to ``dtype``."""
+
+def quantize_nf4_into(weights: Buffer, dtype: str, blocksize: int, codes: Buffer, absmax: Buffer) -> None:
+    """As `quantize_nf4`, from and to memory that the caller owns; nothing is copied.
+
+    ``weights`` is the n little-endian values of ``dtype`` as a contiguous buffer of bytes; ``codes`` takes (n + 1) // 2
+    bytes, ``absmax`` one f32 per started block. A read-only output, a wrong size or shared memory is a `ValueError`,
+    another type of items a `BufferError`; a value that is not finite a `ValueError` with its index, after which the
+    outputs are unspecified. The GIL is released: nothing else may write to the buffers meanwhile.
+    """
+
+def dequantize_nf4_into(codes: Buffer, absmax: Buffer, dtype: str, blocksize: int, weights: Buffer) -> None:
+    """As `dequantize_nf4`, from and to memory that the caller owns; nothing is copied.
+
+    ``codes`` is bytes and ``absmax`` f32; ``weights`` takes the values of ``dtype``, as many as it has room for, as a
+    buffer of bytes. Refusals are those of `quantize_nf4_into`.
+    """
 
 def quantize_nested(absmax: bytes, offset: float | None = None) -> tuple[bytes, bytes, float]:
     """Codes, second-level absmax (f32) and offset of block scales (f32); the offset defaults to their mean."""
