@@ -18,6 +18,7 @@ pub mod nf4;
 pub mod pack;
 pub mod quant_state;
 pub mod safetensors;
+pub mod search;
 pub mod stream;
 
 pub use dtype::{Dtype, Float};

@@ -54,16 +54,16 @@ pub const THRESHOLDS: [f32; 15] = {
 pub const BLOCKSIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 /// The code of 0.0, with which an odd tail is padded.
-const ZERO_CODE: u8 = 7;
+pub(crate) const ZERO_CODE: u8 = 7;
 
 /// The smallest scale that is divided by; keeps a block of zeros from dividing by zero.
-const MIN_SCALE: f32 = 1e-38;
+pub(crate) const MIN_SCALE: f32 = 1e-38;
 
 /// Values that are decoded, scaled and packed at a time: 16 kB of f32, which stay in the first-level cache.
 const TILE: usize = 4096;
 
 /// Bits of the smallest f32 magnitude that is not finite.
-const INFINITY_BITS: u32 = 0x7f80_0000;
+pub(crate) const INFINITY_BITS: u32 = 0x7f80_0000;
 
 /// Number of blocks, and so of scales, for `elements` weights.
 pub fn blocks(elements: u64, blocksize: usize) -> u64 {
@@ -217,15 +217,19 @@ fn lookup(table: &[f32; 16], codes: &[u8], values: &mut [f32]) {
     }
 }
 
-fn check_lengths(elements: usize, blocksize: usize, absmax: usize, codes: usize) {
+pub(crate) fn check_blocksize(blocksize: usize) {
     assert!(BLOCKSIZES.contains(&blocksize), "blocksize {blocksize} is not one of {BLOCKSIZES:?}");
+}
+
+pub(crate) fn check_lengths(elements: usize, blocksize: usize, absmax: usize, codes: usize) {
+    check_blocksize(blocksize);
     assert_eq!(absmax, elements.div_ceil(blocksize), "wrong number of scales for {elements} values");
     assert_eq!(codes, elements.div_ceil(2), "wrong number of code bytes for {elements} values");
 }
 
 /// The code of a scaled value: the number of thresholds strictly below it.
 #[inline(always)]
-fn nearest(value: f32) -> u8 {
+pub(crate) fn nearest(value: f32) -> u8 {
     THRESHOLDS.iter().map(|&threshold| u32::from(threshold < value)).sum::<u32>() as u8
 }
 
