@@ -18,7 +18,7 @@ mod _core {
     use qpack_core::{Isa, nf4, quant_state};
 
     #[pymodule_export]
-    use crate::kernels::{dequantize_nf4, nested_quant_map, quantize_nested, quantize_nf4};
+    use crate::kernels::{dequantize_nf4, nested_quant_map, quantize_nested, quantize_nf4, quantize_nf4_best};
     #[pymodule_export]
     use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_packed};
     #[pymodule_export]

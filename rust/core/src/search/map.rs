@@ -117,33 +117,25 @@ impl Map {
         run_on(isa, Snap { map: self, values, weights, blocksize, first_block, scales, nested, codes });
     }
 
-    /// The codes of the levels about `scale`, the nearer first.
+    /// The code of the level nearest to `scale`, and of its neighbour on the other side if that is a rival: not zero, and at
+    /// most twice as far. (Weighing all neighbours would gain 0.01 %.)
     #[inline(always)]
-    fn about(&self, scale: f32, absmax: f32) -> [u8; 2] {
+    fn about(&self, scale: f32, absmax: f32) -> (u8, Option<u8>) {
         let ratio = if absmax == 0.0 { 0.0 } else { scale / absmax };
         let above = self.levels.partition_point(|&level| level < ratio).clamp(1, 255);
         let below = above - 1;
-        let nearer_below = ratio - self.levels[below] <= self.levels[above] - ratio;
-        if nearer_below { [below as u8, above as u8] } else { [above as u8, below as u8] }
+        let (to_below, to_above) = (ratio - self.levels[below], self.levels[above] - ratio);
+        let is_rival = to_below < 2.0 * to_above && to_above < 2.0 * to_below;
+        let (nearer, other) = if to_below <= to_above { (below, above) } else { (above, below) };
+        (nearer as u8, (is_rival && self.levels[other] != 0.0).then_some(other as u8))
     }
 }
 
-impl Map {
-    /// The error that the level of `code` leaves, relative to the square of the free scale; the code; the scale it gives.
-    #[inline(always)]
-    fn option(
-        &self,
-        lanes: impl Lanes,
-        block: &[f32],
-        weights: Option<&[f32]>,
-        free: f32,
-        code: u8,
-        absmax: f32,
-    ) -> (f32, u8, f32) {
-        let scale = self.levels[usize::from(code)] * absmax + 0.0;
-        let ratio = scale / free;
-        (ratio * ratio * deviation(lanes, block, weights, inverse(scale)), code, scale)
-    }
+/// The error under `scale`, in units of the free scale so that nothing overflows.
+#[inline(always)]
+fn error(lanes: impl Lanes, block: &[f32], weights: Option<&[f32]>, free: f32, scale: f32) -> f32 {
+    let ratio = scale / free;
+    ratio * ratio * deviation(lanes, block, weights, inverse(scale))
 }
 
 struct Snap<'a> {
@@ -180,11 +172,16 @@ impl Work for Snap<'_> {
                 });
                 let absmax = map.absmax[(first_block + index * blocks + offset) / BLOCKSIZE];
                 let free = *scale;
-                let [nearer, farther] = map.about(free, absmax);
-                let nearer = map.option(lanes, block, weights, free, nearer, absmax);
-                let farther = map.option(lanes, block, weights, free, farther, absmax);
-                // What a scale of zero leaves is not measured: it is taken only where it is the nearer one.
-                let (_, code, decoded) = if farther.0 < nearer.0 && farther.2 != 0.0 { farther } else { nearer };
+                let (nearer, rival) = map.about(free, absmax);
+                let decoded = |code: u8| map.levels[usize::from(code)] * absmax + 0.0;
+                let mut code = nearer;
+                if let Some(rival) = rival {
+                    let near_error = error(lanes, block, weights, free, decoded(nearer));
+                    if error(lanes, block, weights, free, decoded(rival)) < near_error {
+                        code = rival;
+                    }
+                }
+                let decoded = decoded(code);
                 (*nested, *scale) = (code, decoded);
                 pick(lanes, block, decoded, codes);
             }
