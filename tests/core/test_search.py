@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from bitsandbytes import matmul_4bit
+from bitsandbytes.autograd._functions import matmul_4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -151,7 +151,8 @@ def nearest_levels(scaled: F64) -> F64:
 
 def block_errors(blocks: F64, scales: F64) -> F64:
     levels = nearest_levels(blocks / scales[:, None])
-    return np.square(blocks - levels * scales[:, None]).sum(1)
+    errors: F64 = np.square(blocks - levels * scales[:, None]).sum(1)
+    return errors
 
 
 def test_scales_are_near_the_best_of_all() -> None:

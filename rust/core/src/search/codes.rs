@@ -76,9 +76,7 @@ pub(super) fn inverse(scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale.abs().max(MIN_SCALE).copysign(scale) }
 }
 
-/// The sum of `(value - level * scale)^2` over all values, level by level as [`nf4::dequantize`] decodes them.
-///
-/// Squares are summed in f32 over at most 4096 values and in f64 beyond.
+/// The sum of `(value - decoded)^2` over all values, in f64, decoded as by [`nf4::dequantize`].
 ///
 /// # Panics
 /// As [`codes`].
@@ -94,7 +92,7 @@ pub fn squared_error(values: Values, scales: &[f32], blocksize: usize, codes: &[
         let mut sums = [0.0_f64; 16];
         for (values, decoded) in tile.chunks(16).zip(decoded.chunks(16)) {
             for ((sum, value), decoded) in sums.iter_mut().zip(values).zip(decoded) {
-                let difference = f64::from(value - decoded);
+                let difference = f64::from(*value) - f64::from(*decoded);
                 *sum += difference * difference;
             }
         }

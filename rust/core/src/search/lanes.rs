@@ -1,18 +1,21 @@
 //! The inner loops of the search for each instruction set, all with the same results.
 //!
-//! A value's code is the number of [`THRESHOLDS`] strictly below it. Fifteen comparisons would do; tables need one. The
+//! A value's code is the number of [`THRESHOLDS`](crate::nf4::THRESHOLDS) strictly below it. Fifteen comparisons would do; tables need one. The
 //! line is cut into cells with at most one threshold each, so that a cell's first code and its threshold, looked up by
 //! permuting registers, decide. AVX-512 permutes 32 entries, enough for cells of equal width. AVX2 permutes eight and
 //! picks between two halves, so there 16 cells must do: the value is bent first, by `x * (a - b|x|)`, to spread the
 //! thresholds evenly.
 //!
 //! Ranking (see `rank`) works on bytes, 64 blocks in 64 lanes; with 16-entry tables in each 128 bits of a register.
+//!
+//! Everything between `Work::run` and these functions must be `#[inline(always)]`, and must not call them in a closure:
+//! what is not inlined is compiled without the vector instructions, and calls each of them.
 
 use super::rank::{Errors, Rows, Table};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::Isa;
-use crate::nf4::{LEVELS, THRESHOLDS, nearest};
+use crate::nf4::{LEVELS, nearest};
 
 /// Sixteen floats of each instruction set, and what it does with them its own way.
 pub(super) trait Lanes: Copy {
@@ -137,11 +140,13 @@ impl Lanes for Portable {
 }
 
 /// Cells of a cut line: the code at each cell's lower end, and the threshold within it.
+#[cfg(target_arch = "x86_64")]
 pub(super) struct Cells<const N: usize> {
     pub(super) first: [u32; N],
     pub(super) threshold: [f32; N],
 }
 
+#[cfg(target_arch = "x86_64")]
 impl<const N: usize> Cells<N> {
     /// The cells of a line on which `cell_of` says in which cell each threshold lies.
     pub(super) const fn new(cell_of: [usize; 15]) -> Self {
@@ -149,7 +154,7 @@ impl<const N: usize> Cells<N> {
         let mut code = 0;
         while code < 15 {
             assert!(code == 0 || cell_of[code] > cell_of[code - 1], "two thresholds in one cell");
-            cells.threshold[cell_of[code]] = THRESHOLDS[code];
+            cells.threshold[cell_of[code]] = crate::nf4::THRESHOLDS[code];
             let mut later = cell_of[code] + 1;
             while later < N {
                 cells.first[later] += 1;
@@ -164,6 +169,7 @@ impl<const N: usize> Cells<N> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nf4::THRESHOLDS;
 
     struct Nearest(Vec<[f32; 16]>);
 

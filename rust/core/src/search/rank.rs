@@ -53,7 +53,7 @@ impl Table {
     /// The squared error of every grid value, indexed by its bits as a byte.
     pub(super) fn squares(&self) -> [u16; 256] {
         std::array::from_fn(|bits| {
-            let value = bits as u8 as i8;
+            let value = (bits as u8).cast_signed();
             let magnitude = value.unsigned_abs().min(127);
             let [lower, upper] = &self.sides[usize::from(value < 0)];
             let cell = usize::from(magnitude >> 3);

@@ -125,22 +125,16 @@ fn under_absmax_codes_are_those_of_exact_mode() {
     codes(Values::Floats(&values), &absmax, 64, &mut found);
     assert_eq!(found, expected);
     // A negative scale mirrors the values.
-    let mirrored: Vec<f32> = values.iter().map(|value| -value).collect();
-    codes(Values::Floats(&mirrored), &absmax.map_all(|scale| -scale), 64, &mut found);
+    let mirrored = map(&values, |value| -value);
+    codes(Values::Floats(&mirrored), &map(&absmax, |scale| -scale), 64, &mut found);
     assert_eq!(found, expected);
     // A scale of zero leaves zeros.
     codes(Values::Floats(&values), &[0.0; 1000], 64, &mut found);
-    assert_eq!(found, [0x77; 32_000]);
+    assert!(found.iter().all(|&byte| byte == 0x77));
 }
 
-trait MapAll {
-    fn map_all(&self, function: impl Fn(f32) -> f32) -> Vec<f32>;
-}
-
-impl MapAll for Vec<f32> {
-    fn map_all(&self, function: impl Fn(f32) -> f32) -> Vec<f32> {
-        self.iter().map(|&value| function(value)).collect()
-    }
+fn map(values: &[f32], function: impl Fn(f32) -> f32) -> Vec<f32> {
+    values.iter().map(|&value| function(value)).collect()
 }
 
 #[test]
@@ -217,7 +211,7 @@ fn a_fit_beats_equal_steps_and_follows_its_weights() {
 fn extremes_are_kept_or_found() {
     for isa in ALL {
         for magnitude in [f32::MAX, 1e30, 1e-30, 1e-37, 1e-39, 1e-44] {
-            let values = weights(640, 8).map_all(|value| (value / 0.4 * magnitude).clamp(-f32::MAX, f32::MAX));
+            let values = map(&weights(640, 8), |value| (value / 0.4 * magnitude).clamp(-f32::MAX, f32::MAX));
             let mut free = vec![0.0; 10];
             scales_on(isa, Values::Floats(&values), None, 64, &Candidates::default(), &mut free).unwrap();
             assert!(free.iter().all(|scale| scale.is_finite()), "{magnitude}: {free:?}");
