@@ -8,44 +8,53 @@ use std::arch::x86_64::{
     _mm_movehl_ps, _mm_storeu_si128, _mm256_abs_epi8, _mm256_add_ps, _mm256_adds_epu16, _mm256_and_ps,
     _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256, _mm256_castps_si256,
     _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvttps_epi32, _mm256_extractf128_ps,
-    _mm256_extracti128_si256, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_maddubs_epi16, _mm256_max_ps,
-    _mm256_min_epu8, _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_permutevar8x32_ps, _mm256_set1_epi8,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi32, _mm256_slli_epi64,
-    _mm256_srli_epi16, _mm256_srli_epi64, _mm256_storeu_si256, _mm256_sub_epi8, _mm256_sub_epi32, _mm256_sub_ps,
-    _mm256_unpackhi_epi8, _mm256_unpacklo_epi8,
+    _mm256_extracti128_si256, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_maddubs_epi16, _mm256_min_epu8,
+    _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_permutevar8x32_ps, _mm256_set1_epi8, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi32, _mm256_slli_epi64, _mm256_srli_epi16,
+    _mm256_srli_epi64, _mm256_storeu_si256, _mm256_sub_epi8, _mm256_sub_epi32, _mm256_sub_ps, _mm256_unpackhi_epi8,
+    _mm256_unpacklo_epi8,
 };
 
 use super::lanes::{Cells, Lanes};
 use super::rank::{Errors, Rows, Table};
 use crate::nf4::{LEVELS, THRESHOLDS};
 
-/// `x * (BEND.0 - BEND.1 * |x|)` spreads the thresholds over -8 to 8, one to a unit.
+/// `|x| * (BEND.0 - BEND.1 * |x|)` spreads the thresholds of either sign over 0 to 8, one to a unit.
 const BEND: (f32, f32) = (12.8, 4.81);
 
+/// Eight cells for negative values, then eight for positive ones, ascending.
 const CELLS: Cells<16> = Cells::new({
     let mut cell_of = [0; 15];
     let mut code = 0;
     while code < 15 {
-        let threshold = THRESHOLDS[code];
-        cell_of[code] = (threshold * (BEND.0 - threshold.abs() * BEND.1) + 8.0) as usize;
+        let magnitude = THRESHOLDS[code].abs();
+        let cell = (magnitude * (BEND.0 - magnitude * BEND.1)) as usize;
+        cell_of[code] = if THRESHOLDS[code] < 0.0 { 7 - cell } else { 8 + cell };
         code += 1;
     }
     cell_of
 });
 
-/// The thresholds in the cells.
-static THRESHOLD_OF_CELL: [f32; 16] = CELLS.threshold;
+/// The thresholds, and the first codes as the bits of floats, of eight cells by magnitude.
+struct Side {
+    thresholds: [f32; 8],
+    firsts: [f32; 8],
+}
 
-/// The first codes of the cells, as the bits of floats: they go through the same lookup.
-static FIRST: [f32; 16] = {
-    let mut bits = [0.0; 16];
+static POSITIVE: Side = side(true);
+static NEGATIVE: Side = side(false);
+
+const fn side(positive: bool) -> Side {
+    let mut side = Side { thresholds: [0.0; 8], firsts: [0.0; 8] };
     let mut cell = 0;
-    while cell < 16 {
-        bits[cell] = f32::from_bits(CELLS.first[cell]);
+    while cell < 8 {
+        let place = if positive { 8 + cell } else { 7 - cell };
+        side.thresholds[cell] = CELLS.threshold[place];
+        side.firsts[cell] = f32::from_bits(CELLS.first[place]);
         cell += 1;
     }
-    bits
-};
+    side
+}
 
 /// Made only where the processor has AVX2.
 #[derive(Clone, Copy)]
@@ -122,19 +131,22 @@ fn sum(lanes: [__m256; 2]) -> f32 {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn codes(scaled: __m256) -> __m256i {
-    let clamped = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-1.0)), _mm256_set1_ps(1.0));
-    let magnitude = _mm256_and_ps(clamped, _mm256_castsi256_ps(_mm256_set1_epi32(i32::MAX)));
+    let magnitude = _mm256_and_ps(scaled, _mm256_castsi256_ps(_mm256_set1_epi32(i32::MAX)));
+    let magnitude = _mm256_min_ps(magnitude, _mm256_set1_ps(1.0));
     let slope = _mm256_sub_ps(_mm256_set1_ps(BEND.0), _mm256_mul_ps(magnitude, _mm256_set1_ps(BEND.1)));
-    let cell = _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(clamped, slope), _mm256_set1_ps(8.0)));
-    let first = _mm256_castps_si256(lookup(&FIRST, cell));
-    let above = _mm256_cmp_ps::<_CMP_LT_OQ>(lookup(&THRESHOLD_OF_CELL, cell), scaled);
+    let cell = _mm256_cvttps_epi32(_mm256_mul_ps(magnitude, slope));
+    let threshold = lookup(&POSITIVE.thresholds, &NEGATIVE.thresholds, cell, scaled);
+    let first = _mm256_castps_si256(lookup(&POSITIVE.firsts, &NEGATIVE.firsts, cell, scaled));
+    let above = _mm256_cmp_ps::<_CMP_LT_OQ>(threshold, scaled);
     _mm256_sub_epi32(first, _mm256_castps_si256(above))
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
 fn levels(scaled: __m256) -> __m256 {
-    lookup(&LEVELS, codes(scaled))
+    let code = codes(scaled);
+    let [low, high] = LEVELS.as_chunks::<8>().0 else { unreachable!("sixteen levels") };
+    lookup(low, high, code, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(code)))
 }
 
 #[inline]
@@ -151,14 +163,13 @@ fn packed(scaled: [__m256; 2]) -> [u8; 8] {
     bytes.map(|byte| byte as u8)
 }
 
-/// Eight entries of `table`, by the low four bits of `index`.
+/// The entries of `low`, or of `high` where `pick` has its sign bit, at the low three bits of `index`.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn lookup(table: &[f32; 16], index: __m256i) -> __m256 {
+fn lookup(low: &[f32; 8], high: &[f32; 8], index: __m256i, pick: __m256) -> __m256 {
     // SAFETY: both pointers are to eight floats.
-    let (low, high) = unsafe { (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table[8..].as_ptr())) };
-    let top_bit = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
-    _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), top_bit)
+    let (low, high) = unsafe { (_mm256_loadu_ps(low.as_ptr()), _mm256_loadu_ps(high.as_ptr())) };
+    _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), pick)
 }
 
 #[inline]

@@ -3,8 +3,8 @@
 //! A value's code is the number of [`THRESHOLDS`](crate::nf4::THRESHOLDS) strictly below it. Fifteen comparisons would do; tables need one. The
 //! line is cut into cells with at most one threshold each, so that a cell's first code and its threshold, looked up by
 //! permuting registers, decide. AVX-512 permutes 32 entries, enough for cells of equal width. AVX2 permutes eight and
-//! picks between two halves, so there 16 cells must do: the value is bent first, by `x * (a - b|x|)`, to spread the
-//! thresholds evenly.
+//! picks between two halves, so there 16 cells must do, eight for each sign: the magnitude is bent first, by
+//! `|x| * (a - b|x|)`, to spread the thresholds evenly.
 //!
 //! Ranking (see `rank`) works on bytes, 64 blocks in 64 lanes; with 16-entry tables in each 128 bits of a register.
 //!
