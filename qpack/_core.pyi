@@ -44,6 +44,7 @@ __all__ = [
     "quantize_nested",
     "quantize_nf4",
     "quantize_nf4_into",
+    "quantize_nf4_best",
     "read_header",
     "read_index",
     "read_packed",
@@ -260,6 +261,14 @@ def merge(
 
 def quantize_nf4(weights: bytes, dtype: str, blocksize: int) -> tuple[bytes, bytes]:
     """Codes (half a byte a weight) and absmax (f32 per block) of little-endian ``weights``."""
+
+def quantize_nf4_best(
+    weights: bytes, dtype: str, blocksize: int, double_quant: bool
+) -> tuple[bytes, bytes, bytes, bytes, float]:
+    """NF4 of least squared error: codes, and block scales (f32, of either sign), then two empty strings and 0.
+
+    With double quantization: codes, nested codes of the scales (U8), nested_absmax, nested_quant_map (f32) and offset.
+    """
 
 def dequantize_nf4(codes: bytes, absmax: bytes, elements: int, dtype: str, blocksize: int) -> bytes:
     """The weights that codes and absmax (f32) stand for, rounded once to ``dtype``."""

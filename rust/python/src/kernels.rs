@@ -9,7 +9,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use qpack_core::encoded::{fp8, mxfp4};
-use qpack_core::{Dtype, Float, nested, nf4};
+use qpack_core::{Dtype, Float, nested, nf4, search};
 
 /// The float type that torch gives this name.
 pub fn float(dtype: &str) -> PyResult<Float> {
@@ -60,6 +60,34 @@ pub fn quantize_nf4<'py>(
     py.detach(|| nf4::quantize(weights, float, blocksize, &mut absmax, &mut codes))
         .map_err(|index| PyValueError::new_err(format!("value {index} is not finite")))?;
     Ok((PyBytes::new(py, &codes), bytes(py, &absmax, Float::F32)))
+}
+
+/// Codes, scales or their nested codes, second-level scales, map and offset; the last three without double quantization
+/// are empty, empty and 0.
+type Best<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyBytes>, f32);
+
+#[pyfunction]
+pub fn quantize_nf4_best<'py>(
+    py: Python<'py>,
+    weights: &[u8],
+    dtype: &str,
+    blocksize: usize,
+    double_quant: bool,
+) -> PyResult<Best<'py>> {
+    check_blocksize(blocksize)?;
+    let float = float(dtype)?;
+    elements(weights, float)?;
+    let packed = py
+        .detach(|| search::quantize(weights, float, blocksize, double_quant))
+        .map_err(|index| PyValueError::new_err(format!("value {index} is not finite")))?;
+    let codes = PyBytes::new(py, &packed.codes);
+    Ok(match packed.nested {
+        None => (codes, bytes(py, &packed.scales, Float::F32), PyBytes::new(py, &[]), PyBytes::new(py, &[]), 0.0),
+        Some((nested, levels)) => {
+            let (absmax, levels) = (bytes(py, &nested.absmax, Float::F32), bytes(py, &levels, Float::F32));
+            (codes, PyBytes::new(py, &nested.codes), absmax, levels, nested.offset)
+        }
+    })
 }
 
 #[pyfunction]

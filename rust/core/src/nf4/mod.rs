@@ -58,10 +58,10 @@ pub const THRESHOLDS: [f32; 15] = {
 pub const BLOCKSIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 /// The code of 0.0, with which an odd tail is padded.
-const ZERO_CODE: u8 = 7;
+pub(crate) const ZERO_CODE: u8 = 7;
 
 /// The smallest scale that is divided by; keeps a block of zeros from dividing by zero.
-const MIN_SCALE: f32 = 1e-38;
+pub(crate) const MIN_SCALE: f32 = 1e-38;
 
 /// Values that the kernels take at a time, which divides all of [`BLOCKSIZES`].
 const GROUP: usize = 32;
@@ -69,37 +69,8 @@ const GROUP: usize = 32;
 /// The largest of [`BLOCKSIZES`]: 16 kB of f32, which stay in the first-level cache.
 const MAX_BLOCKSIZE: usize = 4096;
 
-/// Sums over one block of weights `x` and the levels `q` of their codes, from which its error under any scale follows.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Moments {
-    /// Sum of `x * x`.
-    pub xx: f32,
-    /// Sum of `x * q`.
-    pub xq: f32,
-    /// Sum of `q * q`.
-    pub qq: f32,
-}
-
-/// Sums over the blocks of the weights in `bytes`, little-endian values of type `float`, with these `codes`.
-///
-/// # Panics
-/// As [`quantize`].
-pub fn moments(bytes: &[u8], float: Float, codes: &[u8], blocksize: usize, out: &mut [Moments]) {
-    let mut values = vec![0.0; bytes.len() / float.size()];
-    check_lengths(values.len(), blocksize, out.len(), codes.len());
-    float.decode(bytes, &mut values);
-    for (index, (block, out)) in values.chunks(blocksize).zip(out).enumerate() {
-        *out = Moments::default();
-        for (offset, &x) in block.iter().enumerate() {
-            let element = index * blocksize + offset;
-            let q =
-                LEVELS[usize::from(if element % 2 == 0 { codes[element / 2] >> 4 } else { codes[element / 2] & 15 })];
-            out.xx += x * x;
-            out.xq += x * q;
-            out.qq += q * q;
-        }
-    }
-}
+/// Bits of the smallest f32 magnitude that is not finite.
+pub(crate) const INFINITY_BITS: u32 = 0x7f80_0000;
 
 /// Number of blocks, and so of scales, for `elements` weights.
 pub fn blocks(elements: u64, blocksize: usize) -> u64 {
@@ -236,15 +207,19 @@ fn offender(bytes: &[u8], float: Float) -> usize {
     values.iter().position(|value| !value.is_finite()).unwrap_or(0)
 }
 
-fn check_lengths(elements: usize, blocksize: usize, absmax: usize, codes: usize) {
+pub(crate) fn check_blocksize(blocksize: usize) {
     assert!(BLOCKSIZES.contains(&blocksize), "blocksize {blocksize} is not one of {BLOCKSIZES:?}");
+}
+
+pub(crate) fn check_lengths(elements: usize, blocksize: usize, absmax: usize, codes: usize) {
+    check_blocksize(blocksize);
     assert_eq!(absmax, elements.div_ceil(blocksize), "wrong number of scales for {elements} values");
     assert_eq!(codes, elements.div_ceil(2), "wrong number of code bytes for {elements} values");
 }
 
 /// The code of a scaled value: the number of thresholds strictly below it.
 #[inline(always)]
-fn nearest(value: f32) -> u8 {
+pub(crate) fn nearest(value: f32) -> u8 {
     THRESHOLDS.iter().map(|&threshold| u32::from(threshold < value)).sum::<u32>() as u8
 }
 
