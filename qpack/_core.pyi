@@ -8,10 +8,10 @@ ten times a second and once at the end, and stop on Ctrl-C or on an exception fr
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Protocol, final
+from typing import Any, Protocol, TypeAlias, final
 
+from numpy.typing import NDArray
 from qpack.plan import Packing, Recipe
-
 from typing_extensions import Buffer
 
 __all__ = [
@@ -50,6 +50,9 @@ __all__ = [
     "read_packed",
     "weight_statistics",
 ]
+
+# numpy's arrays say that they are buffers from Python 3.12 on.
+_Buffer: TypeAlias = Buffer | NDArray[Any]
 
 __version__: str
 
@@ -273,7 +276,7 @@ def quantize_nf4_best(
 def dequantize_nf4(codes: bytes, absmax: bytes, elements: int, dtype: str, blocksize: int) -> bytes:
     """The weights that codes and absmax (f32) stand for, rounded once to ``dtype``."""
 
-def quantize_nf4_into(weights: Buffer, dtype: str, blocksize: int, codes: Buffer, absmax: Buffer) -> None:
+def quantize_nf4_into(weights: _Buffer, dtype: str, blocksize: int, codes: _Buffer, absmax: _Buffer) -> None:
     """As `quantize_nf4`, from and to memory that the caller owns; nothing is copied.
 
     ``weights`` is the n little-endian values of ``dtype`` as a contiguous buffer of bytes; ``codes`` takes (n + 1) // 2
@@ -282,7 +285,7 @@ def quantize_nf4_into(weights: Buffer, dtype: str, blocksize: int, codes: Buffer
     outputs are unspecified. The GIL is released: nothing else may write to the buffers meanwhile.
     """
 
-def dequantize_nf4_into(codes: Buffer, absmax: Buffer, dtype: str, blocksize: int, weights: Buffer) -> None:
+def dequantize_nf4_into(codes: _Buffer, absmax: _Buffer, dtype: str, blocksize: int, weights: _Buffer) -> None:
     """As `dequantize_nf4`, from and to memory that the caller owns; nothing is copied.
 
     ``codes`` is bytes and ``absmax`` f32; ``weights`` takes the values of ``dtype``, as many as it has room for, as a

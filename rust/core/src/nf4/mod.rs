@@ -11,6 +11,8 @@
 //! ```
 //!
 //! Blocks run over the row-major flattened tensor. Levels: Dettmers et al., "`QLoRA`", arXiv 2305.14314, appendix E.
+//! This file has the rule as plain code, which also takes what is rare: shorter last blocks and, of bfloat16, the ends of
+//! the range. The files beside it do the same, bit for bit, with the processor's vector instructions.
 //! Not done here: other codebooks (bitsandbytes ignores a stored `quant_map`), non-finite weights (refused).
 
 mod dequantize;
