@@ -191,11 +191,11 @@ fn normalize(block: &mut [f32]) -> Option<f32> {
 #[cold]
 fn first_bad(values: Values, start: usize) -> usize {
     let mut value = [0.0];
-    let finite = |index: &usize| {
+    let bad = |index: &usize| {
         values.decode(*index, &mut value);
         !value[0].is_finite()
     };
-    (start..values.len()).find(finite).unwrap_or(start)
+    (start..values.len()).find(bad).unwrap_or(start)
 }
 
 /// The two best ratios of each block by rank.
@@ -211,7 +211,7 @@ fn ranked(lanes: impl Lanes, tile: &[f32], blocksize: usize, candidates: &Candid
         }
     }
     let best = best_two(lanes, &mut grid, blocksize.div_ceil(PIECE), &candidates.tables);
-    best.map(|pair| pair.map(|index| candidates.ratio(index.min(2 * candidates.ratios.len() - 1))))
+    best.map(|pair| pair.map(|index| candidates.ratio(index)))
 }
 
 /// The two best ratios of each block by weighted error.
@@ -280,13 +280,14 @@ impl Fit {
         Self { product: lanes.sum(product), square: lanes.sum(square) }
     }
 
-    /// The best ratio for these codes; NaN if all are the code of zero.
+    /// The best ratio for these codes; 1 if there is none, since all that counts has the code of zero.
     #[inline(always)]
     fn ratio(self) -> f32 {
-        self.product / self.square
+        let ratio = self.product / self.square;
+        if ratio.is_normal() { ratio } else { 1.0 }
     }
 
-    /// What that ratio takes from the sum of squares.
+    /// What that ratio takes from the sum of squares; NaN if there is none.
     #[inline(always)]
     fn explained(self) -> f32 {
         self.product * self.product / self.square

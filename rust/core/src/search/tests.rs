@@ -82,8 +82,16 @@ fn all_instruction_sets_agree() {
             assert_agreement(&anything, float, None, blocksize);
             let gaussian = encoded(&weights(count + 200_000, seed as u64), float);
             assert_agreement(&gaussian, float, None, blocksize);
-            let importance: Vec<f32> = (0..4096).map(|_| (random() % 1000) as f32 / 100.0).collect();
-            assert_agreement(&gaussian[..40_960 * float.size()], float, Some(&importance), blocksize);
+            // Many weights of zero, and whole blocks of them.
+            let importance: Vec<f32> =
+                (0..8192)
+                    .map(|column| {
+                        if column < 4096 && random().is_multiple_of(4) { (random() % 1000) as f32 / 100.0 } else { 0.0 }
+                    })
+                    .collect();
+            for bytes in [&gaussian, &anything] {
+                assert_agreement(&bytes[..40_960 * float.size()], float, Some(&importance), blocksize);
+            }
         }
     }
 }
