@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
 
 from numpy.typing import NDArray
-from qpack.plan import Packing, Recipe
 from typing_extensions import Buffer
+
+from qpack.plan import Packing, Recipe
 
 __all__ = [
     "BLOCKSIZES",
@@ -32,19 +33,19 @@ __all__ = [
     "decode_fp8",
     "decode_mxfp4",
     "dequantize_nf4",
+    "dequantize_nf4_into",
     "digest_tensors",
     "exchange",
     "fingerprint",
     "measure",
-    "dequantize_nf4_into",
     "merge",
     "nested_quant_map",
     "pack",
     "plan_pack",
     "quantize_nested",
     "quantize_nf4",
-    "quantize_nf4_into",
     "quantize_nf4_best",
+    "quantize_nf4_into",
     "read_header",
     "read_index",
     "read_packed",
