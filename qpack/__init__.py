@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qpack.conversion import ConvertOptions, ConvertReport, DryRun, convert, plan_conversion
     from qpack.inspection import Inspection, inspect
     from qpack.merging import MergeReport, merge
+    from qpack.quantization import QuantizedWeight, dequantize, quantize
     from qpack.training import TrainReport, TrainSettings, train
     from qpack.verification import Verification, verify
 
@@ -36,13 +37,16 @@ _HOMES = {
     "DryRun": "qpack.conversion",
     "Inspection": "qpack.inspection",
     "MergeReport": "qpack.merging",
+    "QuantizedWeight": "qpack.quantization",
     "TrainReport": "qpack.training",
     "TrainSettings": "qpack.training",
     "Verification": "qpack.verification",
     "convert": "qpack.conversion",
+    "dequantize": "qpack.quantization",
     "inspect": "qpack.inspection",
     "merge": "qpack.merging",
     "plan_conversion": "qpack.conversion",
+    "quantize": "qpack.quantization",
     "train": "qpack.training",
     "verify": "qpack.verification",
 }
@@ -61,6 +65,7 @@ __all__ = [
     "MergeReport",
     "OutputExistsError",
     "QpackError",
+    "QuantizedWeight",
     "ServeError",
     "TrainReport",
     "TrainSettings",
@@ -68,9 +73,11 @@ __all__ = [
     "Verification",
     "__version__",
     "convert",
+    "dequantize",
     "inspect",
     "merge",
     "plan_conversion",
+    "quantize",
     "train",
     "verify",
 ]

@@ -8,7 +8,10 @@ ten times a second and once at the end, and stop on Ctrl-C or on an exception fr
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Protocol, final
+from typing import Any, Protocol, TypeAlias, final
+
+from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 from qpack.plan import Packing, Recipe
 
@@ -30,6 +33,7 @@ __all__ = [
     "decode_fp8",
     "decode_mxfp4",
     "dequantize_nf4",
+    "dequantize_nf4_into",
     "digest_tensors",
     "exchange",
     "fingerprint",
@@ -40,11 +44,16 @@ __all__ = [
     "plan_pack",
     "quantize_nested",
     "quantize_nf4",
+    "quantize_nf4_best",
+    "quantize_nf4_into",
     "read_header",
     "read_index",
     "read_packed",
     "weight_statistics",
 ]
+
+# numpy's arrays say that they are buffers from Python 3.12 on.
+_Buffer: TypeAlias = Buffer | NDArray[Any]
 
 __version__: str
 
@@ -257,8 +266,32 @@ def merge(
 def quantize_nf4(weights: bytes, dtype: str, blocksize: int) -> tuple[bytes, bytes]:
     """Codes (half a byte a weight) and absmax (f32 per block) of little-endian ``weights``."""
 
+def quantize_nf4_best(
+    weights: bytes, dtype: str, blocksize: int, double_quant: bool
+) -> tuple[bytes, bytes, bytes, bytes, float]:
+    """NF4 of least squared error: codes, and block scales (f32, of either sign), then two empty strings and 0.
+
+    With double quantization: codes, nested codes of the scales (U8), nested_absmax, nested_quant_map (f32) and offset.
+    """
+
 def dequantize_nf4(codes: bytes, absmax: bytes, elements: int, dtype: str, blocksize: int) -> bytes:
     """The weights that codes and absmax (f32) stand for, rounded once to ``dtype``."""
+
+def quantize_nf4_into(weights: _Buffer, dtype: str, blocksize: int, codes: _Buffer, absmax: _Buffer) -> None:
+    """As `quantize_nf4`, from and to memory that the caller owns; nothing is copied.
+
+    ``weights`` is the n little-endian values of ``dtype`` as a contiguous buffer of bytes; ``codes`` takes (n + 1) // 2
+    bytes, ``absmax`` one f32 per started block. A read-only output, a wrong size or shared memory is a `ValueError`,
+    another type of items a `BufferError`; a value that is not finite a `ValueError` with its index, after which the
+    outputs are unspecified. The GIL is released: nothing else may write to the buffers meanwhile.
+    """
+
+def dequantize_nf4_into(codes: _Buffer, absmax: _Buffer, dtype: str, blocksize: int, weights: _Buffer) -> None:
+    """As `dequantize_nf4`, from and to memory that the caller owns; nothing is copied.
+
+    ``codes`` is bytes and ``absmax`` f32; ``weights`` takes the values of ``dtype``, as many as it has room for, as a
+    buffer of bytes. Refusals are those of `quantize_nf4_into`.
+    """
 
 def quantize_nested(absmax: bytes, offset: float | None = None) -> tuple[bytes, bytes, float]:
     """Codes, second-level absmax (f32) and offset of block scales (f32); the offset defaults to their mean."""

@@ -312,7 +312,8 @@ def _spend(
     candidates = {}
     for group, names in modules.groups(plan).items():
         kept = sum(budget.stored_bits(weights[name], None) for name in names)
-        candidates[group] = [budget.Candidate(None, kept, 0.0)]
+        # Experts in 16 bits are read by neither vLLM's plugin nor `qpack.load`.
+        candidates[group] = [] if group.endswith(".experts") else [budget.Candidate(None, kept, 0.0)]
         for index, packing in enumerate(budget.PACKINGS):
             bits = sum(budget.stored_bits(weights[name], packing) for name in names)
             candidates[group].append(budget.Candidate(packing, bits, sum(squares[name][index] for name in names)))

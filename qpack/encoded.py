@@ -80,6 +80,9 @@ def _method(path: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _fp8(checkpoint: Checkpoint, info: TensorInfo) -> Source:
+    if len(info.shape) != 2:
+        found = f"{info.dtype} of shape {info.shape}"
+        raise CheckpointError(f"{checkpoint.directory}: {info.name} is {found}, expected (out_features, in_features)")
     expected = tuple(-(-size // _FP8_BLOCK) for size in info.shape)
     scale = _scale(checkpoint, info, info.name + _FP8_SCALE, expected, _FP8_SCALE_TYPES)
     return Source(info.name, info.name, info.shape, info.dtype, scale, (_FP8_BLOCK, _FP8_BLOCK))

@@ -1,11 +1,13 @@
 """The structure of well-known families, told from the names of their tensors alone: packing them needs no torch.
 
-In a dense decoder every two-dimensional weight of a layer belongs to a Linear; GPT-2 and Falcon name theirs otherwise;
-a mixture of experts adds routers and, one tensor an expert, the experts. Whatever is not as expected (all experts of a
-layer in one tensor, a config without the number of layers) is left to `qpack.structure`; a test compares the two.
+In a dense decoder every two-dimensional weight of a layer belongs to a Linear, save norms with one row a head; GPT-2
+and Falcon name theirs otherwise; a mixture of experts adds routers and, one tensor an expert, the experts. Whatever is
+not as expected (all experts of a layer in one tensor, a mixture's config without the number of layers) is left to
+`qpack.structure`; a test compares the two.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,15 +71,17 @@ def read_anatomy(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     """
     family = config.get("model_type")
     layers = config.get("num_hidden_layers", config.get("n_layer"))
-    if family not in FAMILIES or not isinstance(layers, int):
+    if family not in FAMILIES or (layers is None and family in _MIXTURES):
         return None
+    if not isinstance(layers, int):
+        layers = sys.maxsize  # only mixtures are stored with layers for multi-token prediction behind the model's own
     roles: dict[str, Role] = {}
     for name, shape in shapes.items():
         match = _PATTERNS.get(family, _LAYER).fullmatch(name)
         fused = _FUSED.fullmatch(name) if family in _MIXTURES else None
         if name == f"{OUTPUT_EMBEDDING}.weight":
             roles[name] = Linear(OUTPUT_EMBEDDING, keep=OUTPUT)
-        elif match and len(shape) == 2 and int(match["layer"]) < layers:
+        elif match and len(shape) == 2 and "norm" not in match["rest"] and int(match["layer"]) < layers:
             roles[name] = _layer_weight(family, match["layer"], match["rest"])
         elif fused and int(fused["layer"]) < layers:
             if family != "gpt_oss":

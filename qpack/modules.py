@@ -8,12 +8,13 @@ Weights that an engine fuses (q, k and v; gate and up; the experts of a layer) a
 quantize the rest of a half-packed module while loading. Its plugin also wants all experts of a layer packed alike.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qpack import families
+from qpack import families, structure
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.encoded import FLOATS, Source, read_sources
 from qpack.errors import CheckpointError
@@ -71,24 +72,24 @@ def plan(
     """Plan how to store every tensor of ``checkpoint``: weights as ``packing`` says, unless ``rules`` differ.
 
     ``pack_lm_head`` also packs the output embedding, which vLLM cannot load. ``chosen`` gives groups of weights (by the
-    names from `groups`) other settings than ``packing``, None to keep them; rules go before it.
+    names from `groups`) other settings than ``packing``, None to keep them, which routed experts (``.experts``) cannot
+    be; rules go before it.
 
     Raises:
         CheckpointError: for a model that is quantized already otherwise than `qpack.encoded` reads, that transformers
             does not know, that lacks weights, or whose output embedding is tied and to be packed.
         DataError: naming the rule that does nothing, cannot be followed, or would split a fused module.
+        ValueError: if ``chosen`` keeps routed experts.
     """
     config_path = checkpoint.directory / CONFIG_NAME
     sources = read_sources(checkpoint)
     shapes = {source.name: source.shape for source in sources}
     anatomy = families.read_anatomy(checkpoint.config, shapes)
     if anatomy is None:
-        from qpack import structure  # imports torch
-
         anatomy = structure.read_anatomy(config_path, checkpoint.config, shapes)
-    if pack_lm_head and (anatomy.tied or f"{anatomy.output}.weight" not in shapes):
+    if pack_lm_head and (anatomy.tied or anatomy.output in anatomy.unstored):
         raise CheckpointError(
-            f"{config_path}: the output embedding is tied to the input embedding, so it stays as it is"
+            f"{config_path}: the output embedding is tied to the input embedding, so it is not packed"
         )
     _check_experts(checkpoint, anatomy)
     decoded = _decoded_dtype(checkpoint.config)
@@ -96,8 +97,8 @@ def plan(
     drafts = [_decide(draft, packing, pack_lm_head, chosen or {}) for draft in drafts]
     if rules is not None:
         drafts = _follow(rules, drafts, packing, anatomy)
+        _check_groups(rules, drafts)
     _check_stored(checkpoint, drafts)
-    _check_groups(drafts, rules)
     parts: dict[str, list[Part]] = {source.stored: [] for source in sources}
     for draft in drafts:
         parts[draft.source.stored].append(_in_a_float(draft, decoded))
@@ -157,7 +158,11 @@ def _decide(draft: _Draft, packing: Packing, pack_lm_head: bool, chosen: Mapping
     if draft.part.reason:
         return draft
     settings = chosen.get(draft.group, packing)
-    return _keep(draft, "target bits") if settings is None else _pack(draft, settings)
+    if settings is not None:
+        return _pack(draft, settings)
+    if isinstance(draft.role, Experts):
+        raise ValueError(f"{draft.group} is chosen to be kept, but vLLM reads routed experts in 4 bits only")
+    return _keep(draft, "target bits")
 
 
 def _pack(draft: _Draft, packing: Packing) -> _Draft:
@@ -254,10 +259,16 @@ def _decoded_dtype(config: Mapping[str, Any]) -> str:
 
 
 def _check_stored(checkpoint: Checkpoint, drafts: list[_Draft]) -> None:
-    """Refuse weights in types that cannot be packed, and a model without any weight to pack."""
+    """Refuse a model without any weight to pack, outputs of one name, and weights that cannot be packed."""
     packed = [draft for draft in drafts if draft.part.packing is not None]
     if not packed:
         raise CheckpointError(f"{checkpoint.directory}: no weight to pack")
+    names = Counter(draft.part.name for draft in drafts)
+    twice, count = names.most_common(1)[0]
+    if count > 1:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {twice} is stored twice, by itself and in one tensor of experts"
+        )
     for draft in packed:
         source = draft.source
         if source.scale is None and source.dtype not in FLOATS:
@@ -284,8 +295,8 @@ def _check_experts(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
             raise CheckpointError(f"{checkpoint.directory}: no tensor {before}.{min(lacking)}.{leaf}.weight")
 
 
-def _check_groups(drafts: list[_Draft], rules: Rules | None) -> None:
-    """Refuse what would pack a part of a fused module, or experts of a layer in different ways."""
+def _check_groups(rules: Rules, drafts: list[_Draft]) -> None:
+    """Refuse rules that pack a part of a fused module, or experts of a layer in different ways."""
     first: dict[str, _Draft] = {}
     for draft in drafts:
         if not isinstance(draft.role, Linear | Experts):
@@ -295,13 +306,10 @@ def _check_groups(drafts: list[_Draft], rules: Rules | None) -> None:
         other = first.setdefault(draft.group, draft)
         one, two = other.part, draft.part
         split = (one.packing is None) != (two.packing is None)
-        if not split and not (isinstance(draft.role, Experts) and one.packing != two.packing):
-            continue
-        message = f"stores {two.name} otherwise than {one.name}, with which vLLM fuses it into {draft.group}"
-        if rules is None:
-            raise CheckpointError(f"{draft.source.stored}: {message}")
-        deciding = (rules.first(part.name) for part in (two, one))
-        raise rules.error(next(index for index in deciding if index is not None), message)
+        if split or (isinstance(draft.role, Experts) and one.packing != two.packing):
+            deciding = (rules.first(part.name) for part in (two, one))
+            message = f"stores {two.name} otherwise than {one.name}, with which vLLM fuses it into {draft.group}"
+            raise rules.error(next(index for index in deciding if index is not None), message)
 
 
 def _foreign(draft: _Draft) -> str:

@@ -92,7 +92,7 @@ def why_kept(name: str, shape: tuple[int, ...]) -> str:
     """What the tensor ``name`` without a role is."""
     if _NORM.search(name):
         return "norm"
-    if name.endswith("bias"):
+    if name.endswith("bias") and len(shape) < 3:
         return "bias"
     if _EMBEDDING.search(name):
         return "input embedding"

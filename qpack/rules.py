@@ -15,7 +15,8 @@ matches decides::
 
 ``pack = true`` packs the weight of a Linear that would be kept. What a rule says of packed weights leaves the others
 that it matches as they are, and ``dtype`` leaves packed weights and whole numbers. Refused, naming file and rule:
-unknown keys, contradictions, a rule that decides nothing, and one that would split what vLLM fuses.
+unknown keys, contradictions, a rule that decides nothing, and one that would split what vLLM fuses. Routed experts that
+a rule keeps have 16 bits in transformers; vLLM quantizes them while loading, whatever the list of modules to skip says.
 """
 
 import fnmatch

@@ -118,8 +118,8 @@ def _build(path: Path, config: Mapping[str, Any]) -> "PreTrainedModel":
 
 def _instance(kind: Any, config: Any) -> "PreTrainedModel":
     """A model of the class ``kind``, which may be that of the text tower alone."""
-    fits = isinstance(config, kind.config_class)
-    model: PreTrainedModel = kind._from_config(config if fits else config.get_text_config())
+    text_only = kind.config_class is type(config).sub_configs.get("text_config")
+    model: PreTrainedModel = kind._from_config(config.get_text_config() if text_only else config)
     return model
 
 
@@ -159,12 +159,14 @@ class _Landing:
 
     def per_expert(self, key: str) -> tuple[str, ...]:
         """The names on the hub, with ``*`` for the number, of the weights that make up the fused parameter ``key``."""
-        from transformers.core_model_loading import rename_source_key
+        from transformers.core_model_loading import SplitModulelist, rename_source_key
 
         name, pattern = rename_source_key(key, *self._back, reverse=True)
         if pattern is None or name.count("*") != 1:
             return ()
         converter = next(entry for entry in self._back[1] if pattern in entry.source_patterns)
+        if not any(isinstance(operation, SplitModulelist) for operation in converter.operations):
+            return ()
         first = converter.target_patterns[0].lstrip(".")
         return tuple(name.replace(first, target.lstrip(".")) for target in converter.target_patterns)
 
@@ -242,7 +244,7 @@ def _has_experts(module: "nn.Module | None") -> bool:
 
 
 def _expert_blocks(model: "PreTrainedModel") -> frozenset[str]:
-    """The names, with all the dots behind them, of every block that has experts somewhere in it."""
+    """The names, each with a dot behind it, of every block that has experts somewhere in it."""
     paths = [name for name, module in model.named_modules() if _has_experts(module) or name.endswith(".experts")]
     return frozenset(path[: match.end()] for path in paths for match in re.finditer(r"\.", path))
 
@@ -252,17 +254,18 @@ def _experts(
 ) -> Experts | Kept:
     """The role of the tensor ``name``, which lands in the parameter ``leaf`` of the experts at ``path``."""
     kind = type(module).__name__
+    unread = Kept(path, f"routed experts as {kind}, which nothing loads in 4 bits")
     if not getattr(module, "has_gate", False):
-        return Kept(path, f"routed experts as {kind}, which nothing loads in 4 bits")
+        return unread
     if leaves := _FUSED_EVERYWHERE.get(kind):
         weight = leaf.removesuffix("_bias")
         suffix = "weight" if weight == leaf else "bias"
         outputs = tuple(f"{path}.*.{part}.{suffix}" for part in leaves[weight])
         interleaved = len(outputs) > 1 and not module.is_concatenated
         return Experts(path, outputs, suffix == "weight", interleaved, "" if suffix == "weight" else "bias")
-    if len(shape) == 2:
-        return Experts(path)
     outputs = landing.per_expert(f"{path}.{leaf}")
-    if not outputs or module.is_transposed or shape != tuple(module.get_parameter(leaf).shape):
-        return Kept(path, f"routed experts as {kind}, which nothing loads in 4 bits")
-    return Experts(path, outputs)
+    if outputs and len(shape) == 2:
+        return Experts(path)
+    if outputs and not module.is_transposed and shape == tuple(module.get_parameter(leaf).shape):
+        return Experts(path, outputs)
+    return unread

@@ -45,10 +45,10 @@ def meta_model(family: str, **settings: Any) -> PreTrainedModel:
         return meta_model_of(AutoConfig.for_model(family, **settings))
 
 
-def meta_model_of(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model that AutoModelForCausalLM builds for ``config``."""
+def meta_model_of(config: PreTrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The model that ``auto``, one of transformers' Auto classes, builds for ``config``."""
     with quiet(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.bfloat16)
     return model
 
 

@@ -1,17 +1,26 @@
 """What is packed: by names and by structure alike, as transformers' own replacement has it, and readable by loaders."""
 
+import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from carried_out import carry_out
+from carried_out import carry_out, select
 from safetensors.torch import load_file, save_file
 from skeleton import SIZES, meta_model, meta_model_of, quiet, skeleton, stored_shapes, write_skeleton
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -39,6 +48,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 128},
 }
 TINY = {family: MIXTURES.get(family, OTHERS.get(family, SIZES)) for family in sorted(families.FAMILIES)}
+TINY["cohere qk_norm"] = SIZES | {"use_qk_norm": True}
 TINY["falcon new_decoder"] = TINY["falcon"] | {"new_decoder_architecture": True, "num_kv_heads": 2}
 
 PROJECTIONS = 7
@@ -106,36 +116,70 @@ def test_what_a_family_ties_without_saying_so(family: str, tmp_path: Path) -> No
     assert by_name.tied == AutoConfig.for_model(family).tie_word_embeddings
 
 
-def default_config(family: str) -> Any:
-    """The family's own configuration, with fewer layers and experts where it allows that."""
-    with quiet():
-        config = AutoConfig.for_model(family)
+def shrunk(config: Any) -> Any:
+    """``config`` with four layers and eight experts."""
     for section in (config, config.get_text_config(decoder=True)):
         for name, value in list(vars(section).items()):
-            if isinstance(value, int) and value > 8 and re.search(r"(num|n_routed)(_local)?_experts$", name):
-                setattr(section, name, 8)
+            if isinstance(value, int) and re.search(
+                r"(num|n_routed)(_local)?_experts$|n(um)?(_hidden)?_layers?$", name
+            ):
+                setattr(section, name, min(value, 8 if name.endswith("experts") else 4))
+            elif isinstance(value, list) and "layer" in name:
+                setattr(section, name, value[:4])
     return config
+
+
+CONFIGURATIONS: list[Callable[[str], Any]] = [
+    lambda family: shrunk(AutoConfig.for_model(family)),
+    lambda family: AutoConfig.for_model(family),
+    lambda family: AutoConfig.for_model(family, **SIZES),
+    lambda family: AutoConfig.for_model(family, **SIZES, num_experts=4, layer_types=["full_attention"] * 2),
+]
+
+
+def default_model(family: str, auto: Any) -> tuple[Any, PreTrainedModel]:
+    """The first configuration that transformers builds, and reads again from what config.json would say.
+
+    Where it builds none, the test is skipped with what transformers says of the family's own.
+    """
+    problems = []
+    for configuration in CONFIGURATIONS:
+        try:
+            with quiet():
+                config = configuration(family)
+                AutoConfig.for_model(**config.to_dict())
+                return config, meta_model_of(config, auto)
+        except Exception as error:  # each family has its own way to fail
+            problems.append(f"{type(error).__name__} {str(error).splitlines()[:1]}")
+    pytest.skip(f"transformers builds no {family} by default: {problems[1]}")
+
+
+def check_against_transformers(family: str, auto: Any, directory: Path) -> None:
+    config, model = default_model(family, auto)
+    content = config.to_dict() | {"architectures": [type(model).__name__]}
+    result = planned(write_skeleton(directory, content, stored_shapes(model)))
+    ours, theirs = landed(result, model), replaced(meta_model_of(config, auto), list(result.skip_modules))
+    if result.foreign != ("FalconLinear",):
+        assert ours == theirs
+    assert ours
+    assert all(result.kept.values())
+    assert ("routed experts" in result.foreign) == (len(result.packed) > len(ours))
 
 
 @pytest.mark.parametrize("family", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_every_family_is_packed_as_transformers_would(family: str, tmp_path: Path) -> None:
-    """Of a default configuration. What transformers itself cannot build from one is skipped, with what it says."""
-    try:
-        config = default_config(family)
-        model = meta_model_of(config)
-    except Exception as error:  # each family has its own way to fail
-        pytest.skip(f"transformers builds no default {family}: {type(error).__name__} {str(error).splitlines()[:1]}")
-    content = config.to_dict() | {"architectures": [type(model).__name__]}
-    result = planned(write_skeleton(tmp_path, content, stored_shapes(model)))
-    ours, theirs = landed(result, model), replaced(meta_model_of(config), list(result.skip_modules))
-    if result.foreign != ("FalconLinear",):
-        assert ours == theirs
-    assert ours
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    large = {name for name, shape in shapes.items() if len(shape) > 1}
-    for name, reason in result.kept.items():
-        assert reason, name
-    assert len(result.kept) + len(ours) >= len(large) / 2
+    check_against_transformers(family, AutoModelForCausalLM, tmp_path)
+
+
+MULTIMODAL = (
+    "gemma4 glm4v idefics3 internvl llama4 llava mistral3 mllama paligemma pp_chart2table "
+    "qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm"
+)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL.split())
+def test_models_of_images_and_text_are_packed_as_transformers_would(family: str, tmp_path: Path) -> None:
+    check_against_transformers(family, AutoModelForImageTextToText, tmp_path)
 
 
 def test_the_text_tower_of_a_multimodal_model(tmp_path: Path) -> None:
@@ -229,6 +273,30 @@ def test_gpt_oss_in_16_bits_and_in_mxfp4(tmp_path: Path) -> None:
     bias = parts(plain, f"{experts}.gate_up_proj_bias")[7]
     assert (bias.name, bias.shape, bias.rows) == (f"{experts}.3.up_proj.bias", (96,), (1, 2))
     assert bias.reason == "bias"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_parts_of_experts_are_what_transformers_makes_of_them(family: str, tmp_path: Path) -> None:
+    """Of Mixtral, the tensors that it saves for the hub; of gpt-oss, those that its forward takes apart."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY[family]), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    with quiet():
+        model.save_pretrained(tmp_path, save_original_format=False)
+    state = load_file(tmp_path / "model.safetensors")
+    recipes = planned(tmp_path).recipes
+    found = {part.name: select(state[recipe.source], part) for recipe in recipes for part in recipe.parts}
+    found = {name: value for name, value in found.items() if ".experts." in name}
+    expected = revert_weight_conversion(model, state)
+    if family == "gpt_oss":
+        expected = {}
+        for path, number in itertools.product([f"model.layers.{layer}.mlp.experts" for layer in range(2)], range(4)):
+            for kind, suffix in (("weight", ""), ("bias", "_bias")):
+                gate_up, down = (state[f"{path}.{name}_proj{suffix}"][number] for name in ("gate_up", "down"))
+                parts = {"gate": gate_up[..., ::2], "up": gate_up[..., 1::2], "down": down}
+                expected |= {f"{path}.{number}.{name}_proj.{kind}": part.movedim(0, -1) for name, part in parts.items()}
+    assert len(found) == 2 * 4 * {"mixtral": 3, "gpt_oss": 6}[family]
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def fp8_tensors(model: PreTrainedModel) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -328,12 +396,29 @@ def test_a_layer_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
         planned(write_skeleton(tmp_path, model.config.to_dict(), tensors))
 
 
+def test_experts_that_are_stored_twice_are_refused(tmp_path: Path) -> None:
+    model = meta_model("mixtral", **TINY["mixtral"])
+    tensors = stored_shapes(model) | stored_shapes(model, fused=True)
+    with pytest.raises(CheckpointError, match=r"\.\S+ is stored twice, by itself and in one tensor of experts"):
+        planned(write_skeleton(tmp_path, model.config.to_dict(), tensors))
+
+
+def test_fp8_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    model = meta_model("mixtral", **TINY["mixtral"])
+    tensors = stored_shapes(model, fused=True) | {"model.layers.0.mlp.experts.down_proj": ("F8_E4M3", (4, 64, 96))}
+    with pytest.raises(CheckpointError, match=r"down_proj is F8_E4M3 of shape \(4, 64, 96\), expected \(out_features"):
+        planned(write_skeleton(tmp_path, model.config.to_dict() | {"quantization_config": FP8}, tensors))
+
+
 def test_the_output_embedding_is_packed_when_asked_for(tmp_path: Path) -> None:
     model = meta_model("llama", **SIZES, tie_word_embeddings=False)
     result = planned(skeleton(tmp_path / "untied", model), pack_lm_head=True)
     assert result.packed["lm_head.weight"] == (128, 64)
     assert result.skip_modules == ()
     assert landed(result, model) == replaced(model, [])
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = meta_model("gemma3", text_config=SIZES, vision_config=vision, tie_word_embeddings=False)
+    assert "language_model.lm_head.weight" in planned(skeleton(tmp_path / "gemma3", model), pack_lm_head=True).packed
     skeleton(tmp_path / "tied", meta_model("llama", **SIZES, tie_word_embeddings=True))
     with pytest.raises(CheckpointError, match="the output embedding is tied to the input embedding"):
         planned(tmp_path / "tied", pack_lm_head=True)
@@ -352,11 +437,18 @@ def test_chosen_settings_of_groups(tmp_path: Path) -> None:
     assert set(groups(planned(tmp_path))) >= {attention, mlp, "model.layers.0.mlp.down_proj"}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi3", "gemma3", "olmo2"])
+def test_routed_experts_are_not_chosen_to_be_kept(tmp_path: Path) -> None:
+    skeleton(tmp_path, meta_model("qwen3_moe", **TINY["qwen3_moe"]))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts is chosen to be kept, but vLLM reads"):
+        planned(tmp_path, chosen={"model.layers.0.mlp.experts": None})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2 hub", "phi3", "gemma3", "olmo2"])
 def test_what_is_planned_loads_in_stock_transformers(family: str, tmp_path: Path) -> None:
     """The plan is carried out by torch and bitsandbytes; the loaded model computes what it did with rounded weights."""
     torch.manual_seed(0)
     # All in_features are multiples of 64: of others bitsandbytes' CPU kernel reads rows with a wrong stride.
+    family, _, hub = family.partition(" ")
     settings: dict[str, Any] = OTHERS.get(family, SIZES | {"intermediate_size": 128})
     if family == "gemma3":
         vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -364,8 +456,13 @@ def test_what_is_planned_loads_in_stock_transformers(family: str, tmp_path: Path
         settings = {"text_config": settings, "vision_config": vision, "mm_tokens_per_image": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
     model.save_pretrained(tmp_path / "source")
+    source = load_file(tmp_path / "source" / "model.safetensors")
+    if hub:  # where GPT-2 was saved from the model inside, with its masks
+        source = {name.removeprefix("transformer."): value for name, value in source.items()}
+        source["h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+        save_file(source, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     result = planned(tmp_path / "source")
-    stored, decoded = carry_out(result, load_file(tmp_path / "source" / "model.safetensors"))
+    stored, decoded = carry_out(result, source)
     (tmp_path / "packed").mkdir()
     save_file(stored, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
     quantization = {
@@ -399,6 +496,7 @@ def test_what_is_planned_loads_in_stock_transformers(family: str, tmp_path: Path
     assert (plain - theirs).abs().max() > 10 * (ours - theirs).abs().max()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
 def test_vllm_skips_what_transformers_skips(tmp_path: Path) -> None:
     """vLLM's names are those on the hub, with q, k and v, or gate and up, in one module."""
     from vllm_bnb_plugin.quantization.utils import is_layer_skipped_bnb  # type: ignore[import-untyped]

@@ -178,6 +178,44 @@ def test_values_that_are_not_finite_are_refused(bad: float, dtype: str) -> None:
         _core.quantize_nf4(to_bytes(weights), dtype, 64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_buffers_of_the_caller_s_take_the_same_bytes(dtype: str) -> None:
+    weights = adversarial(DTYPES[dtype], 64)
+    expected_codes, expected_absmax = _core.quantize_nf4(to_bytes(weights), dtype, 64)
+    codes, absmax = np.empty(len(expected_codes), np.uint8), np.empty(len(expected_absmax) // 4, np.float32)
+    raw = weights.view(torch.uint8).numpy()
+    _core.quantize_nf4_into(raw, dtype, 64, codes, absmax)
+    assert (codes.tobytes(), absmax.tobytes()) == (expected_codes, expected_absmax)
+    # At an odd address too.
+    out = np.empty(len(raw) + 1, np.uint8)
+    _core.dequantize_nf4_into(codes, absmax, dtype, 64, out[1:])
+    assert out[1:].tobytes() == _core.dequantize_nf4(expected_codes, expected_absmax, len(weights), dtype, 64)
+    _core.quantize_nf4_into(b"", dtype, 64, bytearray(), np.empty(0, np.float32))
+
+
+def test_buffers_that_do_not_fit_are_refused() -> None:
+    weights, codes, absmax = np.ones(256, np.uint8), np.empty(64, np.uint8), np.empty(2, np.float32)
+    with pytest.raises(ValueError, match="codes has 63 items, expected 64"):
+        _core.quantize_nf4_into(weights, "bfloat16", 64, codes[:63], absmax)
+    with pytest.raises(ValueError, match="absmax has 1 items, expected 2"):
+        _core.quantize_nf4_into(weights, "bfloat16", 64, codes, absmax[:1])
+    with pytest.raises(ValueError, match="codes is read-only"):
+        _core.quantize_nf4_into(weights, "bfloat16", 64, bytes(64), absmax)
+    with pytest.raises(ValueError, match="weights is not contiguous"):
+        _core.quantize_nf4_into(np.ones(512, np.uint8)[::2], "bfloat16", 64, codes, absmax)
+    with pytest.raises(ValueError, match="weights and codes share memory"):
+        _core.quantize_nf4_into(weights, "bfloat16", 64, weights[:64], absmax)
+    with pytest.raises(ValueError, match="weights and absmax share memory"):
+        _core.dequantize_nf4_into(codes, weights[:8].view(np.float32), "bfloat16", 64, weights)
+    with pytest.raises(ValueError, match="64 bytes of codes and 1 scales do not make 128 weights"):
+        _core.dequantize_nf4_into(codes, absmax[:1], "bfloat16", 64, weights)
+    with pytest.raises(BufferError):
+        _core.quantize_nf4_into(weights, "bfloat16", 64, codes, absmax.astype(np.float64))
+    with pytest.raises(BufferError):
+        # Not aligned for f32.
+        _core.dequantize_nf4_into(codes, np.empty(9, np.uint8)[1:].view(np.float32), "bfloat16", 64, weights)
+
+
 def test_illegal_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="blocksize is 48, expected one of"):
         _core.quantize_nf4(bytes(4), "float32", 48)

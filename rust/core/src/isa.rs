@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// What every processor of this target has.
     Portable,
-    /// AVX2 (x86-64 since 2013).
+    /// AVX2 and F16C (x86-64 since 2013).
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
@@ -44,7 +44,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            if is_x86_feature_detected!("avx2") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
                 return if avx512 { Self::Avx512 } else { Self::Avx2 };
             }
         }
@@ -85,13 +85,13 @@ pub(crate) fn compiled_for<R>(isa: Isa, work: impl FnOnce() -> R) -> R {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,f16c")]
 fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")]
 fn with_avx512<R>(work: impl FnOnce() -> R) -> R {
     work()
 }

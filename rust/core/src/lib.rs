@@ -20,6 +20,7 @@ pub mod nf4;
 pub mod pack;
 pub mod quant_state;
 pub mod safetensors;
+pub mod search;
 pub mod statistics;
 pub mod stream;
 pub mod verify;

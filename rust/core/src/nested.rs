@@ -14,16 +14,19 @@
 
 use std::sync::LazyLock;
 
+use crate::isa::vectorized;
+
 /// Scales per second-level scale. bitsandbytes' kernels accept no other value.
 pub const BLOCKSIZE: usize = 256;
 
 /// The signed dynamic map, ascending: bitsandbytes' `create_dynamic_map()`.
 pub static QUANT_MAP: LazyLock<[f32; 256]> = LazyLock::new(dynamic_map);
 
-static TABLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+static TABLE: LazyLock<Box<[u8; 65536]>> = LazyLock::new(|| {
     let midpoints: Vec<f32> = QUANT_MAP.windows(2).map(|pair| f32::midpoint(pair[0], pair[1])).collect();
     let centre = |cell: u32| cell as f32 / 65535.0 * 2.0 - 1.0;
-    (0..=65535).map(|cell| midpoints.partition_point(|&midpoint| midpoint < centre(cell)) as u8).collect()
+    let code = |cell: usize| midpoints.partition_point(|&midpoint| midpoint < centre(cell as u32)) as u8;
+    Box::new(std::array::from_fn(code))
 });
 
 /// Block scales in 8 bits.
@@ -43,25 +46,56 @@ pub fn blocks(scales: u64) -> u64 {
 }
 
 /// The mean of `absmax`, summed in f64; 0 if there are none.
+///
+/// Sixteen partial sums, the i-th of the scales i, i + 16, i + 32 .., are added in order: the same bits on every
+/// processor.
 pub fn offset(absmax: &[f32]) -> f32 {
-    let sum: f64 = absmax.iter().map(|&scale| f64::from(scale)).sum();
-    (sum / absmax.len().max(1) as f64) as f32
+    let (groups, rest) = absmax.as_chunks::<16>();
+    let mut sums = [0.0_f64; 16];
+    vectorized(
+        #[inline(always)]
+        || {
+            for group in groups {
+                for (sum, &scale) in sums.iter_mut().zip(group) {
+                    *sum += f64::from(scale);
+                }
+            }
+        },
+    );
+    for (sum, &scale) in sums.iter_mut().zip(rest) {
+        *sum += f64::from(scale);
+    }
+    (sums.into_iter().sum::<f64>() / absmax.len().max(1) as f64) as f32
 }
 
 /// Quantize `absmax` around `offset`.
 pub fn quantize(absmax: &[f32], offset: f32) -> Nested {
-    let mut codes = Vec::with_capacity(absmax.len());
-    let mut nested_absmax = Vec::with_capacity(absmax.len().div_ceil(BLOCKSIZE));
-    for block in absmax.chunks(BLOCKSIZE) {
-        let scale = block.iter().fold(0.0_f32, |max, &value| max.max((value - offset).abs()));
-        nested_absmax.push(scale);
-        if scale == 0.0 {
-            codes.extend(block.iter().map(|_| 0));
-        } else {
-            let inverse = 1.0 / scale;
-            codes.extend(block.iter().map(|&value| code((value - offset) * inverse)));
-        }
-    }
+    let mut codes = vec![0; absmax.len()];
+    let mut nested_absmax = vec![0.0; absmax.len().div_ceil(BLOCKSIZE)];
+    let table = &**TABLE;
+    vectorized(
+        #[inline(always)]
+        || {
+            let blocks = absmax.chunks(BLOCKSIZE).zip(codes.chunks_mut(BLOCKSIZE)).zip(&mut nested_absmax);
+            for ((block, codes), scale) in blocks {
+                // As integers, whose largest is found by vector instructions.
+                let magnitude = |&value: &f32| (value - offset).to_bits() & 0x7fff_ffff;
+                *scale = f32::from_bits(block.iter().map(magnitude).fold(0, u32::max));
+                if *scale == 0.0 {
+                    continue;
+                }
+                let inverse = 1.0 / *scale;
+                // Two loops, of which the first becomes vector code.
+                let mut cells = [0; BLOCKSIZE];
+                for (cell, &value) in cells.iter_mut().zip(block) {
+                    *cell = cell_of((value - offset) * inverse);
+                }
+                for (code, cell) in codes.iter_mut().zip(cells) {
+                    *code = table[usize::from(cell)];
+                }
+            }
+        },
+    );
     Nested { codes, absmax: nested_absmax, offset }
 }
 
@@ -71,15 +105,25 @@ pub fn quantize(absmax: &[f32], offset: f32) -> Nested {
 /// If `nested_absmax` has the wrong length.
 pub fn dequantize(codes: &[u8], nested_absmax: &[f32], quant_map: &[f32; 256], offset: f32) -> Vec<f32> {
     assert_eq!(nested_absmax.len(), codes.len().div_ceil(BLOCKSIZE), "wrong number of second-level scales");
-    let blocks = codes.chunks(BLOCKSIZE).zip(nested_absmax);
-    blocks
-        .flat_map(|(block, scale)| block.iter().map(move |&code| quant_map[usize::from(code)] * scale + offset))
-        .collect()
+    let mut absmax = vec![0.0; codes.len()];
+    vectorized(
+        #[inline(always)]
+        || {
+            let blocks = absmax.chunks_mut(BLOCKSIZE).zip(codes.chunks(BLOCKSIZE)).zip(nested_absmax);
+            for ((block, codes), &scale) in blocks {
+                for (value, &code) in block.iter_mut().zip(codes) {
+                    *value = quant_map[usize::from(code)] * scale + offset;
+                }
+            }
+        },
+    );
+    absmax
 }
 
-fn code(value: f32) -> u8 {
-    let cell = (value.clamp(-1.0, 1.0) + 1.0) * 0.5 * 65535.0 + 0.5;
-    TABLE[cell as usize]
+/// The cell of `TABLE` that a scaled value falls into.
+#[inline(always)]
+fn cell_of(value: f32) -> u16 {
+    ((value.clamp(-1.0, 1.0) + 1.0) * 0.5 * 65535.0 + 0.5) as i32 as u16
 }
 
 /// Seven decades of linear fractions for each sign (2 to the decade's number of them), zero, and one.

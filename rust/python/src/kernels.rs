@@ -1,10 +1,15 @@
-//! The arithmetic on buffers, for parity tests and small tools. Arrays cross as little-endian bytes.
+//! The arithmetic on buffers. Arrays cross as little-endian bytes, or, in the functions `*_into`, stay where they are: in
+//! anything that has the buffer protocol, as numpy arrays and memoryviews do.
 
+use std::ops::Range;
+use std::slice;
+
+use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use qpack_core::encoded::{fp8, mxfp4};
-use qpack_core::{Dtype, Float, nested, nf4};
+use qpack_core::{Dtype, Float, nested, nf4, search};
 
 /// The float type that torch gives this name.
 pub fn float(dtype: &str) -> PyResult<Float> {
@@ -57,6 +62,34 @@ pub fn quantize_nf4<'py>(
     Ok((PyBytes::new(py, &codes), bytes(py, &absmax, Float::F32)))
 }
 
+/// Codes, scales or their nested codes, second-level scales, map and offset; the last three without double quantization
+/// are empty, empty and 0.
+type Best<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyBytes>, f32);
+
+#[pyfunction]
+pub fn quantize_nf4_best<'py>(
+    py: Python<'py>,
+    weights: &[u8],
+    dtype: &str,
+    blocksize: usize,
+    double_quant: bool,
+) -> PyResult<Best<'py>> {
+    check_blocksize(blocksize)?;
+    let float = float(dtype)?;
+    elements(weights, float)?;
+    let packed = py
+        .detach(|| search::quantize(weights, float, blocksize, double_quant))
+        .map_err(|index| PyValueError::new_err(format!("value {index} is not finite")))?;
+    let codes = PyBytes::new(py, &packed.codes);
+    Ok(match packed.nested {
+        None => (codes, bytes(py, &packed.scales, Float::F32), PyBytes::new(py, &[]), PyBytes::new(py, &[]), 0.0),
+        Some((nested, levels)) => {
+            let (absmax, levels) = (bytes(py, &nested.absmax, Float::F32), bytes(py, &levels, Float::F32));
+            (codes, PyBytes::new(py, &nested.codes), absmax, levels, nested.offset)
+        }
+    })
+}
+
 #[pyfunction]
 pub fn dequantize_nf4<'py>(
     py: Python<'py>,
@@ -69,15 +102,116 @@ pub fn dequantize_nf4<'py>(
     check_blocksize(blocksize)?;
     let dtype = float(dtype)?;
     let absmax = floats(absmax)?;
-    if (codes.len(), absmax.len()) != (elements.div_ceil(2), elements.div_ceil(blocksize)) {
-        let (codes, scales) = (codes.len(), absmax.len());
-        let reason = format!("{codes} bytes of codes and {scales} scales do not make {elements} weights");
-        return Err(PyValueError::new_err(reason));
-    }
+    check_parts(codes.len(), absmax.len(), elements, blocksize)?;
     PyBytes::new_with(py, elements * dtype.size(), |bytes| {
         py.detach(|| nf4::dequantize_to(dtype, codes, &absmax, blocksize, bytes));
         Ok(())
     })
+}
+
+#[pyfunction]
+pub fn quantize_nf4_into(
+    py: Python<'_>,
+    weights: PyBuffer<u8>,
+    dtype: &str,
+    blocksize: usize,
+    mut codes: PyBuffer<u8>,
+    mut absmax: PyBuffer<f32>,
+) -> PyResult<()> {
+    check_blocksize(blocksize)?;
+    let float = float(dtype)?;
+    check_apart(&[("weights", place(&weights)), ("codes", place(&codes)), ("absmax", place(&absmax))])?;
+    let weights = contents("weights", &weights)?;
+    let elements = elements(weights, float)?;
+    let codes = contents_mut("codes", &mut codes, elements.div_ceil(2))?;
+    let absmax = contents_mut("absmax", &mut absmax, elements.div_ceil(blocksize))?;
+    py.detach(|| nf4::quantize(weights, float, blocksize, absmax, codes))
+        .map_err(|index| PyValueError::new_err(format!("value {index} is not finite")))
+}
+
+#[pyfunction]
+pub fn dequantize_nf4_into(
+    py: Python<'_>,
+    codes: PyBuffer<u8>,
+    absmax: PyBuffer<f32>,
+    dtype: &str,
+    blocksize: usize,
+    mut weights: PyBuffer<u8>,
+) -> PyResult<()> {
+    check_blocksize(blocksize)?;
+    let float = float(dtype)?;
+    check_apart(&[("weights", place(&weights)), ("codes", place(&codes))])?;
+    check_apart(&[("weights", place(&weights)), ("absmax", place(&absmax))])?;
+    let (codes, absmax) = (contents("codes", &codes)?, contents("absmax", &absmax)?);
+    let bytes = weights.item_count();
+    let weights = contents_mut("weights", &mut weights, bytes)?;
+    let elements = elements(weights, float)?;
+    check_parts(codes.len(), absmax.len(), elements, blocksize)?;
+    py.detach(|| nf4::dequantize_to(float, codes, absmax, blocksize, weights));
+    Ok(())
+}
+
+/// Refuse codes and scales that are too few or too many for these weights.
+fn check_parts(codes: usize, scales: usize, elements: usize, blocksize: usize) -> PyResult<()> {
+    if (codes, scales) == (elements.div_ceil(2), elements.div_ceil(blocksize)) {
+        return Ok(());
+    }
+    let reason = format!("{codes} bytes of codes and {scales} scales do not make {elements} weights");
+    Err(PyValueError::new_err(reason))
+}
+
+/// Addresses of a buffer's bytes.
+fn place<T: Element>(buffer: &PyBuffer<T>) -> Range<usize> {
+    let start = buffer.buf_ptr().addr();
+    start..start + buffer.len_bytes()
+}
+
+/// Refuse buffers that share memory.
+fn check_apart(buffers: &[(&str, Range<usize>)]) -> PyResult<()> {
+    for (index, (name, place)) in buffers.iter().enumerate() {
+        for (other, others) in &buffers[..index] {
+            if place.start < others.end && others.start < place.end {
+                return Err(PyValueError::new_err(format!("{other} and {name} share memory")));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_contiguous<T: Element>(name: &str, buffer: &PyBuffer<T>) -> PyResult<()> {
+    if buffer.is_c_contiguous() {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!("{name} is not contiguous")))
+}
+
+/// What a buffer holds.
+#[allow(unsafe_code, reason = "Python's buffers are memory by address")]
+fn contents<'a, T: Element>(name: &str, buffer: &'a PyBuffer<T>) -> PyResult<&'a [T]> {
+    check_contiguous(name, buffer)?;
+    if buffer.item_count() == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: contiguous, aligned for T and held by `buffer`, as PyBuffer::get has checked. That nobody writes to it
+    // meanwhile is the caller's to see to, as everywhere in Python where the GIL is released.
+    Ok(unsafe { slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.item_count()) })
+}
+
+/// What a buffer of `count` items, which is to be written, holds.
+#[allow(unsafe_code, reason = "Python's buffers are memory by address")]
+fn contents_mut<'a, T: Element>(name: &str, buffer: &'a mut PyBuffer<T>, count: usize) -> PyResult<&'a mut [T]> {
+    check_contiguous(name, buffer)?;
+    if buffer.readonly() {
+        return Err(PyValueError::new_err(format!("{name} is read-only")));
+    }
+    if buffer.item_count() != count {
+        return Err(PyValueError::new_err(format!("{name} has {} items, expected {count}", buffer.item_count())));
+    }
+    if count == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: as above; writable, and apart from all other buffers of the call, as check_apart has found.
+    Ok(unsafe { slice::from_raw_parts_mut(buffer.buf_ptr().cast(), count) })
 }
 
 #[pyfunction]

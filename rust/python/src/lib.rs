@@ -20,7 +20,10 @@ mod _core {
     use qpack_core::{Isa, nf4, quant_state, stream};
 
     #[pymodule_export]
-    use crate::kernels::{decode_fp8, decode_mxfp4, dequantize_nf4, nested_quant_map, quantize_nested, quantize_nf4};
+    use crate::kernels::{
+        decode_fp8, decode_mxfp4, dequantize_nf4, dequantize_nf4_into, nested_quant_map, quantize_nested, quantize_nf4,
+        quantize_nf4_best, quantize_nf4_into,
+    };
     #[pymodule_export]
     use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_index, read_packed};
     #[pymodule_export]

@@ -74,7 +74,8 @@ impl Part {
 pub fn options(mode: &str, storage: &str) -> PyResult<Options> {
     let mode = match mode {
         "exact" => Mode::Exact,
-        other => return Err(PyValueError::new_err(format!("mode is '{other}', expected exact"))),
+        "best" => Mode::Best,
+        other => return Err(PyValueError::new_err(format!("mode is '{other}', expected exact or best"))),
     };
     let storage = match storage {
         "uint8" => Dtype::U8,

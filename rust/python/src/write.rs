@@ -31,7 +31,15 @@ impl From<stream::Written> for Written {
     fn from(written: stream::Written) -> Self {
         let stream::Written { files, tensor_bytes, resumed_bytes, digests, fingerprint, source_fingerprint, errors } =
             written;
-        Self { files, tensor_bytes, resumed_bytes, digests, fingerprint, source_fingerprint, errors: error_tuples(errors) }
+        Self {
+            files,
+            tensor_bytes,
+            resumed_bytes,
+            digests,
+            fingerprint,
+            source_fingerprint,
+            errors: error_tuples(errors),
+        }
     }
 }
 

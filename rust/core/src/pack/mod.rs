@@ -47,6 +47,8 @@ pub struct Options {
 pub enum Mode {
     /// Those of bitsandbytes on a CPU.
     Exact,
+    /// Those of least squared error that [`crate::search`] finds; the exact ones where they have less.
+    Best,
 }
 
 /// One output of a recipe, see `qpack/plan.py`.

@@ -1,34 +1,70 @@
 //! One weight being packed: codes chunk by chunk; scales, error and quant state when all of them have been seen.
+//!
+//! In exact mode once is enough. Best mode sees the chunks twice with double quantization, since the levels of the scales
+//! are fitted to all of them before the codes can be picked. It also keeps the sums that tell the error of exact mode,
+//! and should that be smaller, which is rare, the chunks are seen once more and packed exactly.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use super::{Mode, Options};
+use crate::nested::{self, Nested};
 use crate::nf4::{self, Moments};
 use crate::quant_state::QuantState;
+use crate::search::{self, Candidates, Map, Values};
 use crate::stream::{Sink, WeightError};
-use crate::{Error, Result, nested};
+use crate::{Error, Result};
+
+static CANDIDATES: LazyLock<Candidates> = LazyLock::new(Candidates::default);
 
 pub(super) struct Weight<'p> {
     name: &'p str,
     state: &'p QuantState,
-    options: Options,
     /// Index of the codes among the recipe's outputs; the rest follows, in the order of [`QuantState::tensors`].
     output: usize,
     /// The recipe's chunks that hold this weight.
     chunks: Range<usize>,
-    /// Chunks that have not come yet.
-    left: AtomicUsize,
-    blocks: Mutex<Blocks>,
-    error: OnceLock<WeightError>,
+    progress: Mutex<Progress>,
+}
+
+struct Progress {
+    pass: Pass,
+    /// Chunks that this pass has not seen yet.
+    left: usize,
+    /// What this pass packs or finds.
+    blocks: Blocks,
+    /// What exact mode would pack, in a pass that searches.
+    exact: Blocks,
+    /// Error of exact mode, once a search has seen all chunks.
+    exact_error: Option<WeightError>,
+    error: Option<WeightError>,
+}
+
+#[derive(Clone)]
+enum Pass {
+    /// Pack as bitsandbytes does.
+    Exact,
+    /// Search the scales, and without double quantization pack by them.
+    Search,
+    /// Pack by the nearest scales of a map.
+    Snap(Arc<Map>),
 }
 
 /// What is known of every block.
 #[derive(Default)]
 struct Blocks {
     scales: Vec<f32>,
+    /// 8-bit codes of the scales.
+    nested: Vec<u8>,
     moments: Vec<Moments>,
+}
+
+/// The block scales of a weight as they are stored.
+struct Scales<'s> {
+    /// With their levels; None if they are stored as they are.
+    nested: Option<(Nested, &'s [f32; 256])>,
+    /// As a reader decodes them.
+    decoded: Vec<f32>,
 }
 
 impl<'p> Weight<'p> {
@@ -39,8 +75,13 @@ impl<'p> Weight<'p> {
         output: usize,
         chunks: Range<usize>,
     ) -> Self {
-        let left = AtomicUsize::new(chunks.len());
-        Self { name, state, options, output, chunks, left, blocks: Mutex::default(), error: OnceLock::new() }
+        let pass = match options.mode {
+            Mode::Exact => Pass::Exact,
+            Mode::Best => Pass::Search,
+        };
+        let (blocks, exact) = (Blocks::default(), Blocks::default());
+        let progress = Progress { pass, left: chunks.len(), blocks, exact, exact_error: None, error: None };
+        Self { name, state, output, chunks, progress: Mutex::new(progress) }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -49,10 +90,11 @@ impl<'p> Weight<'p> {
 
     /// How far the packed weight is from its source; known when all chunks have been seen.
     pub(super) fn error(&self) -> WeightError {
-        *self.error.get().expect("all chunks have been seen")
+        self.lock().error.expect("all chunks have been seen")
     }
 
-    /// Pack the elements from number `first` on, which are a chunk. Returns the chunks that have to come once more.
+    /// Pack the elements from number `first` on, which are a chunk. Returns the chunks that have to come once more, none
+    /// if this is the only one.
     pub(super) fn put(
         &self,
         first: u64,
@@ -60,66 +102,165 @@ impl<'p> Weight<'p> {
         sink: &Sink<'_>,
         non_finite: impl Fn(u64) -> Error,
     ) -> Result<Range<usize>> {
-        let QuantState { blocksize, dtype, .. } = *self.state;
-        let elements = bytes.len() / dtype.size();
-        let mut codes = vec![0; elements.div_ceil(2)];
-        let mut scales = vec![0.0; elements.div_ceil(blocksize)];
-        let mut moments = vec![Moments::default(); scales.len()];
-        match self.options.mode {
-            Mode::Exact => {
-                nf4::quantize(bytes, dtype, blocksize, &mut scales, &mut codes)
-                    .map_err(|index| non_finite(first + index as u64))?;
-                nf4::moments(bytes, dtype, &codes, blocksize, &mut moments);
-                sink.write_at(self.output, first / 2, &codes)?;
+        loop {
+            let again = self.pass(first, bytes, sink, &non_finite)?;
+            if again.is_empty() || self.chunks.len() > 1 {
+                return Ok(again);
             }
         }
-        let block = (first / blocksize as u64) as usize;
-        let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
-        let Blocks { scales: all_scales, moments: all_moments } = &mut *blocks;
-        let total = nf4::blocks(self.state.elements(), blocksize) as usize;
-        all_scales.resize(total, 0.0);
-        all_moments.resize(total, Moments::default());
-        all_scales[block..][..scales.len()].copy_from_slice(&scales);
-        all_moments[block..][..moments.len()].copy_from_slice(&moments);
-        drop(blocks);
-        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.finish(sink)?;
+    }
+
+    fn pass(
+        &self,
+        first: u64,
+        bytes: &[u8],
+        sink: &Sink<'_>,
+        non_finite: &impl Fn(u64) -> Error,
+    ) -> Result<Range<usize>> {
+        let QuantState { blocksize, dtype, .. } = *self.state;
+        let first_block = (first / blocksize as u64) as usize;
+        let elements = bytes.len() / dtype.size();
+        let mut codes = vec![0; elements.div_ceil(2)];
+        let mut found = Blocks::new(elements.div_ceil(blocksize));
+        let mut exact = Blocks::default();
+        let offender = |index: usize| non_finite(first + index as u64);
+        let values = Values::Stored(bytes, dtype);
+        let pass = self.lock().pass.clone();
+        if matches!(pass, Pass::Exact | Pass::Search) {
+            nf4::quantize(bytes, dtype, blocksize, &mut found.scales, &mut codes).map_err(offender)?;
+            nf4::moments(bytes, dtype, &codes, blocksize, &mut found.moments);
         }
+        let packed = match &pass {
+            Pass::Exact => true,
+            Pass::Search => {
+                exact = found;
+                found = Blocks::new(exact.scales.len());
+                search::scales(values, None, blocksize, &CANDIDATES, &mut found.scales).map_err(offender)?;
+                let packed = self.state.nested_offset.is_none();
+                if packed {
+                    search::codes(values, &found.scales, blocksize, &mut codes);
+                    nf4::moments(bytes, dtype, &codes, blocksize, &mut found.moments);
+                }
+                packed
+            }
+            Pass::Snap(map) => {
+                let free = &self.lock().blocks.scales[first_block..][..found.scales.len()];
+                found.scales.copy_from_slice(free);
+                let Blocks { scales, nested, moments } = &mut found;
+                map.snap(values, None, blocksize, first_block, scales, nested, &mut codes);
+                nf4::moments(bytes, dtype, &codes, blocksize, moments);
+                true
+            }
+        };
+        if packed {
+            sink.write_at(self.output, first / 2, &codes)?;
+        }
+        let mut progress = self.lock();
+        let total = nf4::blocks(self.state.elements(), blocksize) as usize;
+        progress.blocks.put(first_block, total, &found);
+        if matches!(pass, Pass::Search) {
+            progress.exact.put(first_block, total, &exact);
+        }
+        progress.left -= 1;
+        if progress.left > 0 { Ok(0..0) } else { self.end_of_pass(&mut progress, sink) }
+    }
+
+    /// All chunks have been seen: go on to the next pass, or write what stands beside the codes.
+    fn end_of_pass(&self, progress: &mut Progress, sink: &Sink<'_>) -> Result<Range<usize>> {
+        let double_quant = self.state.nested_offset.is_some();
+        let blocks = std::mem::take(&mut progress.blocks);
+        let pass = progress.pass.clone();
+        if matches!(pass, Pass::Search) {
+            let exact = std::mem::take(&mut progress.exact);
+            progress.exact_error = Some(error(&exact.moments, &Scales::exact(exact.scales, double_quant).decoded));
+            if double_quant {
+                progress.pass = Pass::Snap(Arc::new(Map::fit(&blocks.scales, None)));
+                progress.blocks = blocks;
+                progress.left = self.chunks.len();
+                return Ok(self.chunks.clone());
+            }
+        }
+        let Blocks { scales, nested, moments } = blocks;
+        let scales = match &pass {
+            Pass::Exact => Scales::exact(scales, double_quant),
+            Pass::Search => Scales { nested: None, decoded: scales },
+            Pass::Snap(map) => {
+                let nested = Nested { codes: nested, absmax: map.absmax.clone(), offset: 0.0 };
+                Scales { nested: Some((nested, &map.levels)), decoded: scales }
+            }
+        };
+        let error = error(&moments, &scales.decoded);
+        if progress.exact_error.is_some_and(|exact| exact.relative < error.relative) {
+            (progress.pass, progress.exact_error) = (Pass::Exact, None);
+            progress.left = self.chunks.len();
+            return Ok(self.chunks.clone());
+        }
+        progress.error = Some(error);
+        self.write_beside(scales, sink)?;
         Ok(0..0)
     }
 
     /// Write what stands beside the codes.
-    fn finish(&self, sink: &Sink<'_>) -> Result<()> {
-        let Blocks { scales, moments } =
-            std::mem::take(&mut *self.blocks.lock().unwrap_or_else(PoisonError::into_inner));
+    fn write_beside(&self, scales: Scales<'_>, sink: &Sink<'_>) -> Result<()> {
         let mut state = self.state.clone();
-        let mut rest = Vec::new();
-        let error = if state.nested_offset.is_some() {
-            let nested = nested::quantize(&scales, nested::offset(&scales));
-            state.nested_offset = Some(nested.offset);
-            let decoded = nested::dequantize(&nested.codes, &nested.absmax, &nested::QUANT_MAP, nested.offset);
-            let map = le_bytes(&*nested::QUANT_MAP);
-            rest.extend([nested.codes, le_bytes(&nf4::LEVELS), le_bytes(&nested.absmax), map]);
-            error(&moments, &decoded)
-        } else {
-            rest.extend([le_bytes(&scales), le_bytes(&nf4::LEVELS)]);
-            error(&moments, &scales)
+        let mut rest = match scales.nested {
+            Some((nested, levels)) => {
+                state.nested_offset = Some(nested.offset);
+                vec![nested.codes, le_bytes(&nf4::LEVELS), le_bytes(&nested.absmax), le_bytes(levels)]
+            }
+            None => vec![le_bytes(&scales.decoded), le_bytes(&nf4::LEVELS)],
         };
         rest.push(state.to_json());
-        self.error.set(error).expect("finished once");
         let outputs = self.output + 1..;
         outputs.zip(&rest).try_for_each(|(output, bytes)| sink.write_at(output, 0, bytes))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Blocks {
+    fn new(count: usize) -> Self {
+        Self { scales: vec![0.0; count], nested: vec![0; count], moments: vec![Moments::default(); count] }
+    }
+
+    /// Put what is known of some blocks in its place among `total` ones.
+    fn put(&mut self, first: usize, total: usize, found: &Self) {
+        let place = first..first + found.scales.len();
+        self.scales.resize(total, 0.0);
+        self.nested.resize(total, 0);
+        self.moments.resize(total, Moments::default());
+        self.scales[place.clone()].copy_from_slice(&found.scales);
+        self.nested[place.clone()].copy_from_slice(&found.nested);
+        self.moments[place].copy_from_slice(&found.moments);
+    }
+}
+
+impl Scales<'_> {
+    /// The scales as bitsandbytes stores them.
+    fn exact(scales: Vec<f32>, double_quant: bool) -> Self {
+        if !double_quant {
+            return Self { nested: None, decoded: scales };
+        }
+        let nested = nested::quantize(&scales, nested::offset(&scales));
+        let decoded = nested::dequantize(&nested.codes, &nested.absmax, &nested::QUANT_MAP, nested.offset);
+        Self { nested: Some((nested, &nested::QUANT_MAP)), decoded }
     }
 }
 
 /// The error of a weight whose blocks have these moments under these (decoded) scales.
 ///
-/// Per block `sum (x - s q)^2 = sum x^2 - 2 s sum x q + s^2 sum q^2`, in f64; the moments are f32 sums.
+/// Per block `sum (x - s q)^2 = sum x^2 - 2 s sum x q + s^2 sum q^2`, in f64; the moments are f32 sums. Blocks where they
+/// overflow, with weights over 1e18, are left out.
 fn error(moments: &[Moments], scales: &[f32]) -> WeightError {
     let (mut squares, mut total) = (0.0, 0.0);
     let (mut worst, mut worst_block) = (0.0, 0);
     for (index, (moments, &scale)) in (0..).zip(moments.iter().zip(scales)) {
         let Moments { xx, xq, qq } = *moments;
+        if !xx.is_finite() {
+            continue;
+        }
         let [xx, xq, qq, scale] = [xx, xq, qq, scale].map(f64::from);
         let square = (xx - 2.0 * scale * xq + scale * scale * qq).max(0.0);
         squares += square;
