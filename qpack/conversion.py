@@ -251,8 +251,9 @@ def plan_conversion(
     options = replace(options or ConvertOptions(), **settings)
     refuse_inputs(Path(destination), _local(source))
     with tempfile.TemporaryDirectory() as scratch:
+        remote = not allow_pickle and not Path(source).exists()  # then headers are enough
         opened = open_source(
-            source, work=Path(scratch), revision=revision, allow_pickle=allow_pickle, low_disk=low_disk
+            source, work=Path(scratch), revision=revision, allow_pickle=allow_pickle, low_disk=low_disk or remote
         )
         refuse_inputs(Path(destination), opened.directories)
         rules = None if options.rules is None else Rules.read(options.rules)
@@ -263,7 +264,7 @@ def plan_conversion(
             files=tuple(_files(opened, plan, options)),
             config=_config(opened, plan, options),
             free_bytes=free_bytes(Path(destination)),
-            scratch_bytes=_peak(opened, plan),
+            scratch_bytes=_peak(opened, plan) if low_disk else 0,
             read_rate=None if opened.fetcher else _read_rate(opened.checkpoint.shards),
         )
 

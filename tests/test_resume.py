@@ -86,7 +86,7 @@ def test_what_is_finished_is_not_done_again(sent: signal.Signals, source: Path, 
     output = tmp_path / "packed"
     journal = tmp_path / ".packed.partial" / ".journal"
     with subprocess.Popen(command(source, output, "--threads", "1"), stderr=subprocess.PIPE, text=True) as process:
-        while not (journal.exists() and journal.read_bytes().count(b"\n") > 6):
+        while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
             assert process.poll() is None
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(OutputExistsError, match="another process is writing it"):
