@@ -33,7 +33,6 @@ PIECE = 8 << 20
 def write_checkpoint(directory: Path, size: int) -> None:
     """Layers of bf16 weights, near Gaussian, one a file, until there are ``size`` bytes; and an embedding of 128 MB."""
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text('{"model_type": "llama"}')
     random = np.random.default_rng(0)
     noise = (random.standard_normal(1 << 24).astype(np.float32) * 0.02).view(np.uint32) >> 16
     pool = noise.astype(np.uint16)
@@ -61,6 +60,7 @@ def write_checkpoint(directory: Path, size: int) -> None:
         placed |= dict.fromkeys(shapes, file)
         total += end
         layer += 1
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layer}))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
 
 

@@ -188,7 +188,10 @@ def convert(
             plan = _spend(opened, options, rules, plan, threads=threads or 0, on_progress=on_progress)
         for recipe in plan.recipes:
             for part in recipe.parts:
-                logger.debug("%s %s %s %s", "pack" if part.packing else "keep", part.name, part.shape, part.reason)
+                if part.packing:
+                    logger.debug("pack %s %s in blocks of %d", part.name, part.shape, part.packing.blocksize)
+                else:
+                    logger.debug("keep %s %s: %s", part.name, part.shape, part.reason)
         written = _core.pack(
             checkpoint.shards,
             work.directory,
@@ -248,8 +251,9 @@ def plan_conversion(
     options = replace(options or ConvertOptions(), **settings)
     refuse_inputs(Path(destination), _local(source))
     with tempfile.TemporaryDirectory() as scratch:
+        remote = not allow_pickle and not Path(source).exists()  # then headers are enough
         opened = open_source(
-            source, work=Path(scratch), revision=revision, allow_pickle=allow_pickle, low_disk=low_disk
+            source, work=Path(scratch), revision=revision, allow_pickle=allow_pickle, low_disk=low_disk or remote
         )
         refuse_inputs(Path(destination), opened.directories)
         rules = None if options.rules is None else Rules.read(options.rules)
@@ -260,7 +264,7 @@ def plan_conversion(
             files=tuple(_files(opened, plan, options)),
             config=_config(opened, plan, options),
             free_bytes=free_bytes(Path(destination)),
-            scratch_bytes=_peak(opened, plan),
+            scratch_bytes=_peak(opened, plan) if low_disk else 0,
             read_rate=None if opened.fetcher else _read_rate(opened.checkpoint.shards),
         )
 

@@ -274,9 +274,13 @@ class _Stored:
             reason = f"is not what {source.directory} has{self._cast(name, source)}, from flat index {index} on"
             self._report(self.files[name], reason, name)
         for name, reason in sorted(found.problems.items()):
-            if name not in self.broken and name not in self.missing:
-                file = self.files.get(name, self.root)
-                self.problems.append(Problem(file, reason.removeprefix(f"{self.directory / file}: "), None, name))
+            if name in self.broken or name in self.missing:
+                continue
+            if name not in self.files:
+                self._report(self.root, f"no file holds it, but {source.directory} does", name)
+                continue
+            file = self.files[name]
+            self.problems.append(Problem(file, reason.removeprefix(f"{self.directory / file}: "), None, name))
         return errors
 
     def _plan(self, source: Checkpoint) -> modules.Plan:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +38,8 @@ class Hub:
     """Send the last byte of these files wrong."""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and range of every request."""
+    on_request: Callable[[str], object] | None = None
+    """Called with the last part of the path before a request is answered."""
 
     def ranges(self, file: str) -> list[str]:
         """The ranges of ``file`` that were asked for ("" for the whole), in order."""
@@ -78,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        if self.hub.on_request:
+            self.hub.on_request(path.rpartition("/")[2])
         api = re.fullmatch(r"/api/models/(?P<name>org/\w+)(/(?P<kind>revision|tree)/(?P<revision>[^/]+))?", path)
         found = api or re.fullmatch(r"/(?P<name>org/\w+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path)
         directory = self.hub.models.get(found["name"]) if found else None

@@ -9,15 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import qpack
 
 
-def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program; what is no path is not looked up on the hub."""
     command = [sys.executable, "-m", "qpack", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     return done
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_version_and_help() -> None:
@@ -32,38 +40,62 @@ def test_version_and_help() -> None:
 
 
 def test_convert_inspect_and_merge_without_torch(llama: Path, packed: Path, tmp_path: Path) -> None:
-    """Block torch, transformers and numpy: these commands never need them."""
+    """Block torch, transformers and numpy: these commands never need them for a model that is known by names."""
     blocker = tmp_path / "blocker"
     for package in ("torch", "transformers", "numpy", "peft", "vllm"):
         (blocker / package).mkdir(parents=True)
         (blocker / package / "__init__.py").write_text("raise ImportError('blocked')")
-    environment = os.environ | {"PYTHONPATH": str(blocker)}
-    command = [sys.executable, "-m", "qpack", "convert", str(llama), str(tmp_path / "packed")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "14 weights packed, 2.53 MB to 792 kB" in done.stdout
-    assert "2.53 MB of 2.53 MB" in done.stderr
-    assert (tmp_path / "packed" / "model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
-
-    command[3:] = ["inspect", str(tmp_path / "packed"), "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
+    output, path = tmp_path / "packed", str(blocker)
+    done = run("convert", llama, output, PYTHONPATH=path)
     inspection = qpack.inspect(packed)
-    assert (report["weights"], report["bytes"], report["bits"]) == (
-        inspection.weights,
-        inspection.bytes,
-        inspection.bits,
-    )
+    title, *lines = done.stdout.splitlines()
+    assert title == str(output)
+    shown = {label: value for label, _, value in (line.partition(" ") for line in lines)}
+    assert list(shown) == ["packed", "bits", "error", "kept"]
+    assert re.fullmatch(r" *14 weights, 2\.53 MB to 792 kB, in \d+\.\d s", shown["packed"])
+    assert shown["bits"].strip() == f"{inspection.packed_bits:.3f} bits a packed weight, {inspection.bits:.3f} over all"
+    assert re.fullmatch(r" *9\.\d\d %, worst 9\.\d\d % in model\.layers\.\d\.\S+\.weight", shown["error"])
+    assert shown["kept"].strip() == "5 x norm (2.56 kB), 1 x input embedding (164 kB)"
+    assert "2.53 MB of 2.53 MB" in done.stderr
+    assert contents(output) == contents(packed)
+    assert "would pack  14 weights" in run("convert", llama, tmp_path / "dry", "--dry-run", PYTHONPATH=path).stdout
+
+    report = json.loads(run("inspect", output, "--json", PYTHONPATH=path).stdout)
+    found = (report["weights"], report["bytes"], report["bits"])
+    assert found == (inspection.weights, inspection.bytes, inspection.bits)
     assert len(report["tensors"]) == len(inspection.tensors)
-    command[5:] = []
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = run("inspect", output, PYTHONPATH=path)
     assert re.search(r"^up_proj +2 +512 x 256 +NF4/64 nested ", done.stdout, re.MULTILINE)
-    assert done.stdout.endswith(f" {inspection.bits:.3f}\n")
+    assert re.search(rf" {inspection.bits:.3f} +9\.\d\d %$", done.stdout, re.MULTILINE)
+
+    assert f"as packed from {llama}" in run("verify", output, "--against", llama, PYTHONPATH=path).stdout
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    module = "model.layers.0.self_attn.q_proj"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"lora_A": torch.ones(2, 256), "lora_B": torch.ones(256, 2)}
+    named = {f"base_model.model.{module}.{factor}.weight": value for factor, value in factors.items()}
+    save_file(named, adapter / "adapter_model.safetensors")
+    assert "1 weights merged" in run("merge", output, adapter, tmp_path / "merged", PYTHONPATH=path).stdout
+    # What stands in qpack.json is of the packed weights, and goes no further.
+    assert (output / "qpack.json").is_file()
+    assert not (tmp_path / "merged" / "qpack.json").exists()
+    assert qpack.inspect(tmp_path / "merged").manifest is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("convert", "nowhere", "packed"), "error: nowhere: not a directory\n"),
+        (
+            ("convert", "nowhere", "packed"),
+            "error: nowhere: no such path, not in the cache of the hub, and HF_HUB_OFFLINE is set\n",
+        ),
+        (
+            ("convert", "./nowhere", "packed"),
+            "error: ./nowhere: no such file or directory, and not the id of a model of the hub\n",
+        ),
         (("inspect", "nowhere"), "error: nowhere: not a directory\n"),
         (("verify", "nowhere"), "error: nowhere: not a directory\n"),
         (("merge", "nowhere", "adapter", "merged"), "error: nowhere: not a directory\n"),
@@ -113,10 +145,9 @@ def test_train_takes_flags_over_the_file_and_names_the_bad_line(packed: Path, tm
 
 def test_quiet_and_verbose(llama: Path, tmp_path: Path) -> None:
     assert run("convert", llama, tmp_path / "a", "-q").stderr == ""
-    assert (
-        "pack model.layers.0.mlp.up_proj.weight BF16 (512, 256)"
-        in run("convert", llama, tmp_path / "b", "--verbose").stderr
-    )
+    lines = run("convert", llama, tmp_path / "b", "--verbose").stderr.splitlines()
+    assert "pack model.layers.0.mlp.up_proj.weight (512, 256) in blocks of 64" in lines
+    assert "keep model.norm.weight (256,): norm" in lines
 
 
 def test_a_terminal_gets_a_bar(llama: Path, tmp_path: Path) -> None:

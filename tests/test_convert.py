@@ -30,7 +30,7 @@ def test_a_tiny_weight_byte_for_byte(tmp_path: Path) -> None:
     """One weight of 2 x 17 ones and halves, packed in blocks of 32: every byte of the file, written out."""
     source = tmp_path / "source"
     source.mkdir()
-    (source / "config.json").write_text('{"model_type": "llama"}')
+    (source / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
     weight = torch.tensor([[1.0, -1.0, 0.0, 0.5] * 4 + [0.25], [-0.5] * 17])
     save_file({"model.layers.0.mlp.up_proj.weight": weight}, source / "model.safetensors")
     qpack.convert(source, tmp_path / "packed", blocksize=32, double_quant=False)
@@ -238,9 +238,10 @@ def test_bad_sources_are_refused_and_nothing_is_written(damage, message: str, tm
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_source_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nothing: not a directory"):
+def test_a_source_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing: no such file or directory, and not the id of a model of"):
         qpack.convert(tmp_path / "nothing", tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_exists_is_kept_unless_forced(llama: Path, packed: Path, tmp_path: Path) -> None:

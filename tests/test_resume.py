@@ -27,7 +27,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def write_weights(directory: Path, layers: int, size: int) -> Path:
     """A Llama's config, and its layers' up_proj alone, ``size`` by ``size``, each layer in a file of its own."""
     directory.mkdir()
-    (directory / "config.json").write_text('{"model_type": "llama"}')
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers}))
     placed: dict[str, str] = {}
     for layer in range(layers):
         name, file = f"model.layers.{layer}.mlp.up_proj.weight", f"model-{layer}.safetensors"
@@ -86,7 +86,7 @@ def test_what_is_finished_is_not_done_again(sent: signal.Signals, source: Path, 
     output = tmp_path / "packed"
     journal = tmp_path / ".packed.partial" / ".journal"
     with subprocess.Popen(command(source, output, "--threads", "1"), stderr=subprocess.PIPE, text=True) as process:
-        while not (journal.exists() and journal.read_bytes().count(b"\n") > 6):
+        while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
             assert process.poll() is None
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(OutputExistsError, match="another process is writing it"):

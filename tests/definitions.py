@@ -1,16 +1,14 @@
-"""``qpack.json`` for a packed directory, from the definitions alone: BLAKE3's own package, torch and bitsandbytes."""
+"""What ``qpack.json`` must hold, from the definitions alone: BLAKE3's own package, torch and bitsandbytes."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes.functional as bnb
 import blake3
 import torch
 from safetensors.torch import load_file
 
-import qpack
-from qpack.manifest import Manifest, WeightError
+from qpack.manifest import WeightError
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -55,27 +53,5 @@ def error(original: torch.Tensor, name: str, stored: dict[str, torch.Tensor], bl
     squares = (xx - 2 * scale * xq + scale**2 * qq).clamp(min=0)
     ratios = torch.where(xx > 0, squares / xx.clamp(min=1e-300), 0)
     worst = int(ratios.argmax())
-    relative = float((squares.sum() / xx.sum()).sqrt())
-    return WeightError(relative, float(ratios[worst].sqrt()), worst)
-
-
-def record(directory: Path, source: Path, **options: Any) -> Manifest:
-    """Write ``qpack.json`` into ``directory``, packed from ``source``."""
-    stored, originals = tensors(directory), tensors(source)
-    packed = {weight.name: weight for weight in qpack.inspect(directory).packed}
-    manifest = Manifest(
-        version=qpack.__version__,
-        options={"mode": "exact"} | options,
-        source={
-            "digest": fingerprint(source),
-            "bytes": sum(tensor.nbytes for tensor in originals.values()),
-            "tensors": len(originals),
-            "name": source.name,
-        },
-        fingerprint=fingerprint(directory),
-        tensors=lines(directory),
-        errors={name: error(originals[name], name, stored, weight.blocksize or 0) for name, weight in packed.items()},
-        kept={name: "not a Linear of a layer" for name in originals.keys() - packed.keys()},
-    )
-    manifest.write(directory)
-    return manifest
+    relative, norm = float((squares.sum() / xx.sum()).sqrt()), float(xx.sum().sqrt())
+    return WeightError(relative, norm, float(ratios[worst].sqrt()), worst)
