@@ -10,7 +10,7 @@ from statistics import fmean
 
 from qpack.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from qpack.output import new_directory
-from qpack.training.base import require_packed
+from qpack.loading.base import require_packed
 from qpack.training.conversations import read_conversations
 from qpack.training.report import StepLog, TrainReport
 from qpack.training.settings import TrainSettings

@@ -1,4 +1,4 @@
-"""What counts as a base to train on: a whole checkpoint of bitsandbytes NF4 weights. Told without torch."""
+"""What can be loaded packed: a whole checkpoint of bitsandbytes NF4 weights. Told without torch."""
 
 from pathlib import Path
 

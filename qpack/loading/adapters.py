@@ -1,0 +1,78 @@
+"""What PEFT must know about a model whose experts are Linear layers, and what such an adapter is called on the hub.
+
+PEFT (0.21, ``utils/transformers_weight_conversion.py``) goes by the model type alone: on a Mixtral it takes an adapter
+that names single experts for one from before transformers 5, and rewrites it for the fused experts that a model loaded
+by qpack does not have. :func:`teach_peft` makes it leave such adapters as they are. For any other model it does what
+it did.
+
+``target_parameters`` is refused: it adapts a 3-D parameter, which would need all experts of a layer in 16 bits at once.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import transformers_weight_conversion as conversion
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from qpack.errors import AdapterError
+from qpack.loading.experts import has_experts
+
+_PREFIX = "base_model.model."
+"""What PEFT puts before the name of a module in an adapter's file."""
+
+_stock_config = conversion.convert_peft_config_for_transformers
+_stock_state_dict = conversion.convert_peft_adapter_state_dict_for_transformers
+
+
+def teach_peft() -> None:
+    """Make PEFT take the experts of a model loaded by qpack for the Linear layers that they are. Safe to repeat."""
+    conversion.convert_peft_config_for_transformers = _convert_config
+    conversion.convert_peft_adapter_state_dict_for_transformers = _convert_state_dict
+
+
+def hub_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's weights under the names that the base's checkpoint has, which vLLM and `qpack.merge` go by.
+
+    They differ from the model's own for Mixtral alone of the well-known families: ``block_sparse_moe`` there is ``mlp``
+    here. Pass it to ``model.save_pretrained(..., state_dict=...)``.
+    """
+    renamings = [renaming.reverse_transform() for renaming in reversed(_renamings(model.get_base_model()))]
+    return {_rename(name, renamings): tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+
+
+def _convert_config(peft_config: PeftConfig, model: torch.nn.Module, conversions: Any) -> None:
+    if not has_experts(model):
+        _stock_config(peft_config, model, conversions)
+    elif targets := getattr(peft_config, "target_parameters", None):
+        raise AdapterError(
+            f"target_parameters is {sorted(targets)}, but the experts of this model are Linear layers; "
+            "name them in target_modules"
+        )
+
+
+def _convert_state_dict(
+    model: torch.nn.Module,
+    peft_config: PeftConfig,
+    adapter_state_dict: dict[str, torch.Tensor],
+    adapter_name: str = "default",
+) -> dict[str, torch.Tensor]:
+    if not has_experts(model):
+        return _stock_state_dict(model, peft_config, adapter_state_dict, adapter_name)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    renamings = _renamings(base)
+    return {_rename(name, renamings): tensor for name, tensor in adapter_state_dict.items()}
+
+
+def _renamings(model: Any) -> list[WeightRenaming]:
+    """From the names of the hub to those of the model."""
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return [renaming for renaming in conversions if isinstance(renaming, WeightRenaming)]
+
+
+def _rename(name: str, renamings: list[WeightRenaming]) -> str:
+    renamed, _ = rename_source_key(name.removeprefix(_PREFIX), renamings, [])
+    return _PREFIX + renamed
