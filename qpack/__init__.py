@@ -1,7 +1,7 @@
 """qpack: a Hugging Face checkpoint's whole 4-bit life: pack, fine-tune, serve, merge.
 
 Each command of the ``qpack`` program is one function here, with a typed result. Names are imported when first used:
-``convert``, ``merge`` and ``inspect`` need nothing but the Rust extension; only ``train`` imports torch.
+``convert``, ``merge`` and ``inspect`` need nothing but the Rust extension; only ``train`` and ``load`` import torch.
 """
 
 from importlib import import_module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qpack.checkpoint import Checkpoint
     from qpack.conversion import ConvertReport, convert
     from qpack.inspection import Inspection, inspect
+    from qpack.loading.model import load
     from qpack.merging import MergeReport, merge
     from qpack.training import TrainReport, TrainSettings, train
 
@@ -36,6 +37,7 @@ _HOMES = {
     "TrainSettings": "qpack.training",
     "convert": "qpack.conversion",
     "inspect": "qpack.inspection",
+    "load": "qpack.loading.model",
     "merge": "qpack.merging",
     "train": "qpack.training",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "load",
     "merge",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""What PEFT must know about a model whose experts are Linear layers, and what such an adapter is called on the hub.
+"""What PEFT must know about a model whose experts are Linear layers, and the names under which its adapter is saved.
 
 PEFT (0.21, ``utils/transformers_weight_conversion.py``) goes by the model type alone: on a Mixtral it takes an adapter
 that names single experts for one from before transformers 5, and rewrites it for the fused experts that a model loaded
@@ -8,13 +8,14 @@ it did.
 ``target_parameters`` is refused: it adapts a 3-D parameter, which would need all experts of a layer in 16 bits at once.
 """
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils import transformers_weight_conversion as conversion
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -34,14 +35,18 @@ def teach_peft() -> None:
     conversion.convert_peft_adapter_state_dict_for_transformers = _convert_state_dict
 
 
-def hub_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's weights under the names that the base's checkpoint has, which vLLM and `qpack.merge` go by.
+def save_adapter(model: PeftModel, directory: Path) -> None:
+    """Save the adapter as PEFT does, under the names that the base's checkpoint has for its modules.
 
-    They differ from the model's own for Mixtral alone of the well-known families: ``block_sparse_moe`` there is ``mlp``
-    here. Pass it to ``model.save_pretrained(..., state_dict=...)``.
+    vLLM and `qpack.merge` go by those names. Of the well-known families only Mixtral's differ from the model's own:
+    ``block_sparse_moe`` there is ``mlp`` here. PEFT loads either on a model from `qpack.load`.
     """
-    renamings = [renaming.reverse_transform() for renaming in reversed(_renamings(model.get_base_model()))]
-    return {_rename(name, renamings): tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    if has_experts(model):
+        renamings = [renaming.reverse_transform() for renaming in reversed(_renamings(model.get_base_model()))]
+        file = directory / SAFETENSORS_WEIGHTS_NAME
+        weights = {_rename(name, renamings): tensor for name, tensor in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
 
 
 def _convert_config(peft_config: PeftConfig, model: torch.nn.Module, conversions: Any) -> None:
@@ -73,6 +78,6 @@ def _renamings(model: Any) -> list[WeightRenaming]:
     return [renaming for renaming in conversions if isinstance(renaming, WeightRenaming)]
 
 
-def _rename(name: str, renamings: list[WeightRenaming]) -> str:
+def _rename(name: str, renamings: list[Any]) -> str:
     renamed, _ = rename_source_key(name.removeprefix(_PREFIX), renamings, [])
     return _PREFIX + renamed

@@ -8,7 +8,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qpack.checkpoint import Checkpoint
 from qpack.errors import CheckpointError
 from qpack.loading.base import require_packed
 from qpack.loading.in_place import keep_weights_in_place
@@ -41,14 +40,14 @@ def load(
             model, or holds experts of a kind that cannot be loaded packed.
     """
     directory = Path(directory)
-    require_packed(directory)
+    checkpoint = require_packed(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         declared = config.quantization_config
         if dtype is not None:
             declared["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
             kwargs["dtype"] = dtype
-        if any(_EXPERT.search(name) for name in Checkpoint.open(directory).packed):
+        if any(_EXPERT.search(name) for name in checkpoint.packed):
             config.quantization_config = _with_experts(declared)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,

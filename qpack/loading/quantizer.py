@@ -28,12 +28,12 @@ class PackedExpertsConfig(BitsAndBytesConfig):
 
     def __init__(self, **settings: Any) -> None:
         """Take what `BitsAndBytesConfig` takes."""
-        super().__init__(load_in_4bit=True, **settings)
-        self.quant_method = METHOD
+        super().__init__(load_in_4bit=True, **settings)  # type: ignore[no-untyped-call]
+        self.quant_method: Any = METHOD
 
     @classmethod
     def declared_by(cls, quantization_config: dict[str, Any]) -> dict[str, Any]:
-        """The ``quantization_config`` of a packed checkpoint's config.json, renamed so that it is read by this class."""
+        """The ``quantization_config`` of a packed checkpoint, renamed so that this class reads it."""
         settings = {key: value for key, value in quantization_config.items() if not key.startswith("load_in_")}
         return settings | {"quant_method": METHOD}
 
@@ -46,7 +46,7 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
         """Go on under bitsandbytes' own config, which is what PEFT and accelerate look for."""
         settings = quantization_config.to_dict()
         del settings["quant_method"]
-        super().__init__(BitsAndBytesConfig(**settings), **kwargs)
+        super().__init__(BitsAndBytesConfig(**settings), **kwargs)  # type: ignore[no-untyped-call]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if not unfuse_experts(model, _projections(model)):
@@ -62,12 +62,13 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
         for name, tensor in _floats(model):
             dtype = torch.float32 if in_float32 and kept.search(name) else self._dtypes[name]
             tensor.data = tensor.data.to(dtype)
-        return super()._process_model_after_weight_loading(model, **kwargs)
+        super()._process_model_after_weight_loading(model, **kwargs)
+        return model
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
         """Leave the experts of the checkpoint apart."""
         kept = [conversion for conversion in weight_conversions if not _merges_experts(conversion)]
-        return list(super().update_weight_conversions(kept))
+        return kept + self.get_weight_conversions()
 
 
 def _floats(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
