@@ -9,6 +9,7 @@ Reference: transformers 5.19, ``quantizers/base.py`` (which does the same for Ll
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightTransform, build_glob_alternation
@@ -54,6 +55,10 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
             raise CheckpointError(f"{kind}: holds no experts in the form that can be loaded packed")
         super()._process_model_before_weight_loading(model, *args, **kwargs)
         self._dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # So that one which the checkpoint lacks is reported: transformers would try to draw its bytes at random.
+                module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Cast what stock leaves in the dtype of the file: every tensor that it renamed, as the router of Mixtral."""
@@ -68,7 +73,8 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
         """Leave the experts of the checkpoint apart."""
         kept = [conversion for conversion in weight_conversions if not _merges_experts(conversion)]
-        return kept + self.get_weight_conversions()
+        conversions: list[WeightTransform] = super().update_weight_conversions(kept)  # type: ignore[no-untyped-call]
+        return conversions
 
 
 def _floats(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
