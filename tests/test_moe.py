@@ -6,12 +6,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from moe import FAMILIES, decode, decoded_model, write_packed, write_source
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,7 @@ TOKENS = torch.arange(5, 69).reshape(2, 32)
 
 # Float32 sums in another order: transformers multiplies all experts' rows by one grouped kernel and gate and up as one
 # matrix. Seen: 1.7e-6 on logits of 5, and on gradients 2e-7 of the largest.
-LOGITS = {"rtol": 0.0, "atol": 1e-5}
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +60,16 @@ def test_computes_what_the_stock_model_computes_on_the_decoded_weights(
     loaded = qpack.load(packed, dtype=torch.float32)
     for layer in loaded.modules():
         if isinstance(layer, Linear4bit):  # whose backward pass would round the weights to the source's bf16
-            layer.weight.quant_state.dtype = torch.float32
+            cast(Params4bit, layer.weight).quant_state.dtype = torch.float32
     gradients, logits = [], []
     for model in (loaded, decoded_model(packed)):
         embeddings = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
         logits.append(model(inputs_embeds=embeddings).logits)
         logits[-1].square().mean().backward()
         gradients.append(embeddings.grad)
-    torch.testing.assert_close(logits[0], logits[1], **LOGITS)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=TOLERANCE)
     assert logits[1].std() > 0.5  # not compared on nothing
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-5 * gradients[1].abs().max().item())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=TOLERANCE * gradients[1].abs().max().item())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,7 +78,7 @@ def test_every_packed_weight_is_a_4bit_layer_and_nothing_else_is(family: str, ch
     packed = {name: codes for name, codes in weights.items() if f"{name}.absmax" in weights}
     assert any(".experts." in name for name in packed)
     model = qpack.load(checkpoints[family])
-    layers = [layer.weight for layer in model.modules() if isinstance(layer, Linear4bit)]
+    layers = [cast(Params4bit, layer.weight) for layer in model.modules() if isinstance(layer, Linear4bit)]
     assert len(layers) == len(packed)
     assert all(weight.dtype == torch.uint8 and weight.quant_state.nested for weight in layers)
     assert sorted(tuple(weight.shape) for weight in layers) == sorted(tuple(codes.shape) for codes in packed.values())
@@ -216,8 +216,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_lora_on_experts_trains_and_comes_back(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     model = adapted(checkpoints[family])
-    targets = model.peft_config["default"].target_modules
-    assert targets >= ({"w1", "w2", "w3"} if family == "mixtral" else {"gate_proj", "up_proj", "down_proj"})
+    targets = cast(LoraConfig, model.peft_config["default"]).target_modules
+    assert set(targets or ()) >= ({"w1", "w2", "w3"} if family == "mixtral" else {"gate_proj", "up_proj", "down_proj"})
     losses = list(train(model))
     assert losses[-1] < 0.6 * losses[0]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and ".experts." in name}
@@ -249,7 +249,7 @@ def test_peft_is_as_before_for_other_models(checkpoints: dict[str, Path], tmp_pa
     qpack.load(checkpoints["mixtral"])
     config = AutoConfig.from_pretrained(checkpoints["mixtral"].with_name("mixtral-source"))
     model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules=["w1", "w2", "w3"]))
-    assert model.peft_config["default"].target_parameters == {"gate_up_proj", "down_proj"}
+    assert cast(LoraConfig, model.peft_config["default"]).target_parameters == {"gate_up_proj", "down_proj"}
     expected = logits(model)
     model.save_pretrained(str(tmp_path))
     base = model.unload()
@@ -306,31 +306,32 @@ def test_lora_of_training_is_on_every_expert(checkpoints: dict[str, Path]) -> No
 def in_vllm(packed: str, prompt: list[int]) -> tuple[dict[str, Any], list[int]]:
     """Load ``packed`` in vLLM's engine through its bitsandbytes plugin and answer. Runs in a process of its own.
 
-    Returns the experts of every layer as the plugin decodes them, and the routers, as float32 arrays by name; and eight
-    greedy tokens. The one piece that vLLM lacks on a CPU is the Triton kernel that multiplies decoded experts.
+    Returns, by name, the experts of every layer as the plugin decodes them, in float32, and how each router is
+    quantized; and eight greedy tokens. The one piece that vLLM lacks on a CPU is the Triton kernel that multiplies decoded experts.
     """
     import os
 
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     import vllm.model_executor.layers.fused_moe as fused_moe
-    from vllm import LLM, SamplingParams
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     if not torch.cuda.is_available():
-        fused_moe.fused_experts = fused_experts_in_torch
+        setattr(fused_moe, "fused_experts", fused_experts_in_torch)  # noqa: B010  # of no other type in vLLM's view
 
     def read(model: Any) -> dict[str, Any]:
-        found = {name: p.float().numpy() for name, p in model.named_parameters() if name.endswith(".gate.weight")}
+        found: dict[str, Any] = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, RoutedExperts):
-                w13, w2 = layer.quant_method._apply_4bit_dequnt(layer)
-                found |= {f"{name}.w13": w13.float().numpy(), f"{name}.w2": w2.float().numpy()}
+            if isinstance(layer, fused_moe.RoutedExperts):
+                w13, w2 = cast(Any, layer.quant_method)._apply_4bit_dequnt(layer)
+                found |= {f"{name}.w13": w13.float().cpu().numpy(), f"{name}.w2": w2.float().cpu().numpy()}
+            elif isinstance(layer, fused_moe.GateLinear):
+                found[name] = type(layer.quant_method).__name__
         return found
 
     engine = LLM(packed, skip_tokenizer_init=True, enforce_eager=True, max_model_len=64, max_num_seqs=1, seed=0)
     weights = engine.apply_model(read)[0]
     greedy = SamplingParams(max_tokens=8, temperature=0, detokenize=False, ignore_eos=True)
-    answer = engine.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
+    answer = engine.generate(TokensPrompt(prompt_token_ids=prompt), greedy, use_tqdm=False)
     return weights, list(answer[0].outputs[0].token_ids)
 
 
@@ -367,8 +368,8 @@ def test_vllm_reads_the_same_experts_and_answers_alike(family: str, checkpoints:
     assert len(weights) == 3 * len(layers)
     for name, found in weights.items():
         layer = f"{name.split(f'.{part}.')[0]}.{part}"
-        if name.endswith(".gate.weight"):
-            assert torch.equal(torch.from_numpy(found), expected[name].float())
+        if name.endswith(".gate"):
+            assert found == "UnquantizedLinearMethod"
             continue
         for expert, matrix in enumerate(torch.from_numpy(found)):
             names = [gate, up] if name.endswith(".w13") else [down]

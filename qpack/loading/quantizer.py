@@ -57,7 +57,7 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
         self._dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
         for module in model.modules():
             if isinstance(module, Linear4bit):
-                # So that one which the checkpoint lacks is reported: transformers would try to draw its bytes at random.
+                # So that a missing one is reported: transformers would try to draw its bytes at random.
                 module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
