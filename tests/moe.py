@@ -144,15 +144,15 @@ def write_packed(source: Path, directory: Path) -> Path:
     return directory
 
 
-def decode(packed: Path) -> dict[str, torch.Tensor]:
-    """All weights of a packed checkpoint by name, what is in 4 bits as the float32 values that it stands for."""
+def decode(packed: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All weights of a packed checkpoint by name, what is in 4 bits as the values that it stands for in ``dtype``."""
     tensors = load_file(packed / "model.safetensors")
     weights = {}
     for name, tensor in tensors.items():
         if f"{name}.absmax" in tensors:
             parts = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
             state = QuantState.from_dict(parts, device=torch.device("cpu"))
-            state.dtype = torch.float32  # the dtype of the source would round
+            state.dtype = dtype  # else that of the source
             weights[name] = dequantize_4bit(tensor, state)
         elif ".weight." not in name:
             weights[name] = tensor
@@ -163,7 +163,7 @@ def decoded_model(packed: Path) -> PreTrainedModel:
     """Stock transformers, in float32, on the weights that the packed checkpoint decodes to."""
     config = AutoConfig.from_pretrained(packed)
     del config.quantization_config
-    weights = decode(packed)
+    weights = decode(packed, torch.float32)
     if config.model_type == "gpt_oss":
         weights = _fused(weights)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

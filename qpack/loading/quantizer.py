@@ -6,7 +6,7 @@ the checkpoint into a 3-D parameter are dropped. All weights are read by stock c
 Reference: transformers 5.19, ``quantizers/base.py`` (which does the same for Llama 4) and ``quantizer_bnb_4bit.py``.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
@@ -58,7 +58,7 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 # So that a missing one is reported: transformers would try to draw its bytes at random.
-                module._is_hf_initialized = True
+                cast(Any, module)._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Cast what stock leaves in the dtype of the file: every tensor that it renamed, as the router of Mixtral."""
