@@ -38,6 +38,7 @@ def load(
     Raises:
         CheckpointError: the directory is not a packed checkpoint, cannot be read, lacks or has more tensors than the
             model, or holds experts of a kind that cannot be loaded packed.
+        TrainingError: this bitsandbytes cannot be kept from changing the weights on a CPU.
     """
     directory = Path(directory)
     checkpoint = require_packed(directory)
@@ -58,6 +59,8 @@ def load(
             output_loading_info=True,
             **kwargs,
         )
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {' '.join(str(error).split())}") from error
     model: PreTrainedModel

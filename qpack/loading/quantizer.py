@@ -49,6 +49,10 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
         del settings["quant_method"]
         super().__init__(BitsAndBytesConfig(**settings), **kwargs)  # type: ignore[no-untyped-call]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedExpertsQuantizer":
+        """Stay one: transformers copies a conversion, and with it its quantizer, for each of the tensors it loads."""
+        return self
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if not unfuse_experts(model, _projections(model)):
             kind = type(model).__name__
