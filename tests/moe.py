@@ -113,19 +113,26 @@ def write_source(family: str, directory: Path) -> Path:
     return directory
 
 
-def write_packed(source: Path, directory: Path) -> Path:
-    """Pack the layers' Linear weights and all experts of ``source`` to NF4 with double quantization."""
+def write_packed(source: Path, directory: Path, keep: str = "") -> Path:
+    """Pack the layers' Linear weights and all experts of ``source`` to NF4 with double quantization.
+
+    Weights whose name begins with ``keep`` stay in 16 bits.
+    """
     directory.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     kept = {"lm_head"}
+
+    def stays(name: str) -> bool:
+        return KEPT.fullmatch(name) is not None or (keep != "" and name.startswith(keep))
+
     for name, tensor in _unfused(load_file(source / "model.safetensors")).items():
-        if re.fullmatch(r"model\.layers\..*\.weight", name) and tensor.dim() == 2 and not KEPT.fullmatch(name):
+        if re.fullmatch(r"model\.layers\..*\.weight", name) and tensor.dim() == 2 and not stays(name):
             codes, state = quantize_4bit(tensor, blocksize=64, compress_statistics=True, quant_type="nf4")
             tensors[name] = codes
             tensors |= {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
         else:
             tensors[name] = tensor
-            if KEPT.fullmatch(name):
+            if stays(name):
                 kept.add(name.removesuffix(".weight"))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())

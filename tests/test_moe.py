@@ -23,6 +23,7 @@ import qpack
 from qpack import AdapterError, CheckpointError, TrainSettings
 from qpack.loading.experts import Experts, Projections
 from qpack.loading.in_place import keep_weights_in_place
+from qpack.loading.names import Names
 from qpack.training.model import add_lora
 
 TOKENS = torch.arange(5, 69).reshape(2, 32)
@@ -78,12 +79,26 @@ def test_every_packed_weight_is_a_4bit_layer_and_nothing_else_is(family: str, ch
     packed = {name: codes for name, codes in weights.items() if f"{name}.absmax" in weights}
     assert any(".experts." in name for name in packed)
     model = qpack.load(checkpoints[family])
-    layers = [cast(Params4bit, layer.weight) for layer in model.modules() if isinstance(layer, Linear4bit)]
-    assert len(layers) == len(packed)
+    names = Names(model)
+    by_name = {
+        names.in_checkpoint(f"{name}.weight"): cast(Params4bit, layer.weight)
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear4bit)
+    }
+    assert by_name.keys() == packed.keys()
+    assert all(torch.equal(weight.data, packed[name]) for name, weight in by_name.items())
+    layers = by_name.values()
     assert all(weight.dtype == torch.uint8 and weight.quant_state.nested for weight in layers)
     assert all(weight.quant_state.offset.dtype == torch.float32 for weight in layers)
-    assert sorted(tuple(weight.shape) for weight in layers) == sorted(tuple(codes.shape) for codes in packed.values())
     assert not any(parameter.dim() > 2 for name, parameter in model.named_parameters() if ".experts." in name)
+
+
+@pytest.mark.parametrize("keep", ["model.layers.1.block_sparse_moe.experts.", "model.layers.0.self_attn."])
+def test_what_the_checkpoint_keeps_stays(keep: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    packed = write_packed(checkpoints["mixtral"].with_name("mixtral-source"), tmp_path / "packed", keep)
+    with torch.no_grad():
+        found = qpack.load(packed, dtype=torch.float32)(TOKENS).logits
+        torch.testing.assert_close(found, decoded_model(packed)(TOKENS).logits, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, None])

@@ -8,6 +8,7 @@ it did.
 ``target_parameters`` is refused: it adapts a 3-D parameter, which would need all experts of a layer in 16 bits at once.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file, save_file
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qpack.errors import AdapterError
 from qpack.loading.experts import has_experts
+from qpack.loading.names import Names
 
 _PREFIX = "base_model.model."
 """What PEFT puts before the name of a module in an adapter's file."""
@@ -38,14 +38,14 @@ def teach_peft() -> None:
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """Save the adapter as PEFT does, under the names that the base's checkpoint has for its modules.
 
-    vLLM and `qpack.merge` go by those names. Of the well-known families only Mixtral's differ from the model's own:
-    ``block_sparse_moe`` there is ``mlp`` here. PEFT loads either on a model from `qpack.load`.
+    `qpack.merge` and vLLM look the modules up by those names. PEFT loads an adapter under either on a model from
+    `qpack.load`.
     """
     model.save_pretrained(str(directory), save_embedding_layers=False)
     if has_experts(model):
-        renamings = [renaming.reverse_transform() for renaming in reversed(_renamings(model.get_base_model()))]
+        names = Names(model.get_base_model())
         file = directory / SAFETENSORS_WEIGHTS_NAME
-        weights = {_rename(name, renamings): tensor for name, tensor in load_file(file).items()}
+        weights = {_translate(name, names.in_checkpoint): tensor for name, tensor in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -68,16 +68,11 @@ def _convert_state_dict(
     if not has_experts(model):
         return _stock_state_dict(model, peft_config, adapter_state_dict, adapter_name)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    renamings = _renamings(base)
-    return {_rename(name, renamings): tensor for name, tensor in adapter_state_dict.items()}
+    names = Names(base)
+    return {_translate(name, names.in_model): tensor for name, tensor in adapter_state_dict.items()}
 
 
-def _renamings(model: Any) -> list[WeightRenaming]:
-    """From the names of the hub to those of the model."""
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    return [renaming for renaming in conversions if isinstance(renaming, WeightRenaming)]
-
-
-def _rename(name: str, renamings: list[Any]) -> str:
-    renamed, _ = rename_source_key(name.removeprefix(_PREFIX), renamings, [])
-    return _PREFIX + renamed
+def _translate(name: str, translate: Callable[[str], str]) -> str:
+    """Translate the part of an adapter's name that is the base's."""
+    prefix = _PREFIX if name.startswith(_PREFIX) else ""
+    return prefix + translate(name.removeprefix(prefix))

@@ -45,8 +45,10 @@ class Experts(nn.ModuleList):
         intermediate, hidden = (rows, columns) if stock.is_transposed else (columns, rows)
         for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"):
             fused._parameters.pop(name, None)
-        for name, _ in (*fused.named_parameters(), *fused.named_buffers()):
-            raise CheckpointError(f"{type(fused).__name__}: experts with a parameter {name} cannot be loaded packed")
+        if others := [name for name, _ in (*fused.named_parameters(), *fused.named_buffers())]:
+            raise CheckpointError(
+                f"{type(fused).__name__}: experts with a parameter {others[0]} cannot be loaded packed"
+            )
 
         def expert() -> nn.ModuleDict:
             bias = stock.has_bias

@@ -18,6 +18,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qpack.errors import CheckpointError
 from qpack.loading.experts import Projections, unfuse_experts
+from qpack.loading.names import Names
 
 METHOD = "qpack_experts"
 """The ``quant_method`` that leads transformers here. It stands in a config only while a model is being loaded."""
@@ -57,7 +58,11 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
         if not unfuse_experts(model, _projections(model)):
             kind = type(model).__name__
             raise CheckpointError(f"{kind}: holds no experts in the form that can be loaded packed")
+        # The checkpoint names what it keeps in its own words, and stock looks for those in the model.
+        skipped = self.quantization_config.llm_int8_skip_modules or []
+        self.quantization_config.llm_int8_skip_modules = [*map(Names(model).in_model, skipped)]
         super()._process_model_before_weight_loading(model, *args, **kwargs)
+        self.quantization_config.llm_int8_skip_modules = skipped
         self._dtypes = {name: tensor.dtype for name, tensor in _floats(model)}
         for module in model.modules():
             if isinstance(module, Linear4bit):
