@@ -316,6 +316,15 @@ def test_qpack_train_adapts_experts(checkpoints: dict[str, Path], tmp_path: Path
         assert torch.equal(parameter, saved)
     assert not torch.allclose(logits(model), fresh)
 
+    qpack.merge(checkpoints["mixtral"], tmp_path / "adapter", tmp_path / "merged")
+    merged = {name: t for file in (tmp_path / "merged").glob("*.safetensors") for name, t in load_file(file).items()}
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    factors = adapter.factors[name]
+    delta = factors.scale * weights[factors.b] @ weights[factors.a]
+    decoded = decode(checkpoints["mixtral"], torch.float32)[name]
+    # An ulp of bf16, and one of float32 where the two cancel.
+    torch.testing.assert_close(merged[name], (decoded + delta).bfloat16(), rtol=2**-7, atol=2**-24)
+
 
 def test_lora_of_training_is_on_every_expert(checkpoints: dict[str, Path]) -> None:
     model = add_lora(qpack.load(checkpoints["qwen3_moe"]), TrainSettings(r=2))
