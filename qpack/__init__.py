@@ -1,7 +1,7 @@
 """qpack: a Hugging Face checkpoint's whole 4-bit life: pack, fine-tune, serve, merge.
 
 Each command of the ``qpack`` program is one function here, with a typed result. Names are imported when first used:
-``convert``, ``merge`` and ``inspect`` need nothing but the Rust extension; only ``train`` imports torch.
+``convert``, ``merge`` and ``inspect`` need nothing but the Rust extension; only ``train`` and ``load`` import torch.
 """
 
 from importlib import import_module
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qpack.checkpoint import Checkpoint
     from qpack.conversion import ConvertOptions, ConvertReport, DryRun, convert, plan_conversion
     from qpack.inspection import Inspection, inspect
+    from qpack.loading.model import load
     from qpack.merging import MergeReport, merge
     from qpack.quantization import QuantizedWeight, dequantize, quantize
     from qpack.training import TrainReport, TrainSettings, train
@@ -44,6 +45,7 @@ _HOMES = {
     "convert": "qpack.conversion",
     "dequantize": "qpack.quantization",
     "inspect": "qpack.inspection",
+    "load": "qpack.loading.model",
     "merge": "qpack.merging",
     "plan_conversion": "qpack.conversion",
     "quantize": "qpack.quantization",
@@ -75,6 +77,7 @@ __all__ = [
     "convert",
     "dequantize",
     "inspect",
+    "load",
     "merge",
     "plan_conversion",
     "quantize",

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 
 from qpack.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from qpack.loading.base import require_packed
 from qpack.output import new_directory
-from qpack.training.base import require_packed
 from qpack.training.conversations import read_conversations
 from qpack.training.report import StepLog, TrainReport
 from qpack.training.settings import TrainSettings
@@ -59,6 +59,7 @@ def train(
         with quiet_libraries():
             from transformers import set_seed
 
+            from qpack.loading.adapters import save_adapter
             from qpack.training.compute import choose_compute
             from qpack.training.encoding import encode
             from qpack.training.loop import fit, optimizer_for
@@ -72,7 +73,7 @@ def train(
             steps = fit(
                 model, encoded.examples, settings, compute, scratch=partial, on_progress=on_progress, on_log=on_log
             )
-            model.save_pretrained(str(partial), save_embedding_layers=False)
+            save_adapter(model, partial)
             (partial / "README.md").unlink()  # PEFT's model card, a form with nothing filled in
             tokenizer.save_pretrained(partial)
     return TrainReport(

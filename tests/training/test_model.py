@@ -11,9 +11,10 @@ from peft import PeftModel
 from transformers import set_seed
 
 from qpack.errors import TrainingError
+from qpack.loading.in_place import keep_weights_in_place
 from qpack.training import TrainSettings
 from qpack.training.compute import Compute, choose_compute
-from qpack.training.model import add_lora, keep_weights_in_place, load_base, require_float32_adapter
+from qpack.training.model import add_lora, load_base, require_float32_adapter
 
 SETTINGS = TrainSettings(r=4, lora_dropout=0.0)
 FLOAT32 = Compute("cpu", torch.float32)

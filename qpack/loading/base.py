@@ -1,4 +1,4 @@
-"""What counts as a base to train on: a whole checkpoint of bitsandbytes NF4 weights. Told without torch."""
+"""What can be loaded packed: a whole checkpoint of bitsandbytes NF4 weights. Told without torch."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.errors import CheckpointError
 
 
-def require_packed(base: Path) -> None:
-    """Refuse a directory that is not a packed checkpoint, from its config and its headers alone.
+def require_packed(base: Path) -> Checkpoint:
+    """Open a packed checkpoint and refuse any other directory, from its config and its headers alone.
 
     Raises:
         CheckpointError: a file is missing or malformed, or the weights are not declared to be 4-bit NF4 or are not.
@@ -22,3 +22,4 @@ def require_packed(base: Path) -> None:
             )
     if not checkpoint.packed:
         raise CheckpointError(f"{base}: no weight is packed; run `qpack convert` on the model first")
+    return checkpoint

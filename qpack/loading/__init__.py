@@ -1,0 +1,6 @@
+"""Loading a packed checkpoint into transformers, experts included: :func:`qpack.load`.
+
+Stock ``from_pretrained`` keeps the experts of a mixture of experts in one 3-D parameter a layer, which bitsandbytes
+cannot pack: it loads packed experts as raw bytes and fails in the first forward pass. Here they become Linear layers.
+Importing this package loads neither torch nor transformers.
+"""

@@ -1,0 +1,83 @@
+"""One call from a packed directory to a transformers model that computes, takes LoRA and trains."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qpack.errors import CheckpointError
+from qpack.loading.base import require_packed
+from qpack.loading.in_place import keep_weights_in_place
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+_NAMES_SHOWN = 3
+"""How many tensors an error names: a model with experts has ten thousands."""
+
+
+def load(
+    directory: Path | str, *, dtype: torch.dtype | None = None, device_map: Any = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load the packed checkpoint in ``directory`` as transformers' ``AutoModelForCausalLM`` does, experts included.
+
+    The 4-bit weights stay as they are stored, and every one of them is a ``bitsandbytes.nn.Linear4bit``: those of an
+    expert are ``...experts.E.gate_proj`` and so on (``w1``, ``w2``, ``w3`` for Mixtral). PEFT's ``target_modules``
+    finds them, ``"all-linear"`` included, and so does ``prepare_model_for_kbit_training``.
+
+    A CPU with AVX512-BF16 keeps the layout that training needs, not the one that bitsandbytes computes fastest on.
+
+    Args:
+        directory: what `qpack.convert` wrote.
+        dtype: of the computation and of the weights that are not packed; by default what config.json asks for.
+        device_map: as in ``from_pretrained``; by default the first GPU, or the CPU.
+        kwargs: what else ``from_pretrained`` takes, such as ``attn_implementation``.
+
+    Raises:
+        CheckpointError: the directory is not a packed checkpoint, cannot be read, lacks or has more tensors than the
+            model, or holds experts of a kind that cannot be loaded packed.
+        TrainingError: this bitsandbytes cannot be kept from changing the weights on a CPU.
+    """
+    directory = Path(directory)
+    checkpoint = require_packed(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        declared = config.quantization_config
+        if dtype is not None:
+            declared["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+            kwargs["dtype"] = dtype
+        if any(_EXPERT.search(name) for name in checkpoint.packed):
+            config.quantization_config = _with_experts(declared)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            device_map=device_map,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: cannot be loaded: {' '.join(str(error).split())}") from error
+    model: PreTrainedModel
+    model, loading = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, loading[kind])):
+            rest = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            shown = ", ".join(names[:_NAMES_SHOWN])
+            raise CheckpointError(f"{directory}: {kind.replace('_', ' ')}: {shown}{rest}")
+    keep_weights_in_place(model)
+    return model
+
+
+def _with_experts(declared: dict[str, Any]) -> dict[str, Any]:
+    """Lead transformers to qpack's own quantizer, and PEFT to what that makes of the experts."""
+    from qpack.loading.adapters import teach_peft
+    from qpack.loading.quantizer import PackedExpertsConfig
+
+    teach_peft()
+    return PackedExpertsConfig.declared_by(declared)
