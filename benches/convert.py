@@ -4,7 +4,7 @@
 
 Makes a checkpoint of random weights in the shape of Llama-3-8B's layers, and before every timing empties the page cache
 (as root by /proc/sys/vm/drop_caches, else file by file by posix_fadvise). Each run times, one after the other: reading
-all input files with one thread, 8 MiB at a time; writing as many bytes as the output has, and flushing them; the program
+all input files with one thread, 8 MiB at a time; writing as many bytes as the output has, and flushing them; and
 `qpack convert`, start-up included. The ratio is convert's time over that of the slower of the two, median of the runs.
 Memory is the largest RssAnon of the process in /proc, looked at every 20 ms: the page cache is not counted.
 """

@@ -93,7 +93,7 @@ def environment(served: hub.Hub, tmp_path: Path) -> dict[str, str]:
 
 def test_a_model_of_the_hub(llama: Path, packed: Path, tmp_path: Path) -> None:
     with hub.serve(tiny=llama) as served:
-        run("convert", "org/tiny", tmp_path / "packed", "--revision", "main", **environment(served, tmp_path))
+        run("convert", "org/tiny", tmp_path / "packed", "--revision", "main", environment=environment(served, tmp_path))
     assert without_source(tmp_path / "packed") == without_source(packed)
     source, local = Manifest.read(tmp_path / "packed").source, Manifest.read(packed).source
     assert source == dict(local) | {"name": "org/tiny", "revision": hub.COMMIT}
@@ -111,7 +111,7 @@ def test_with_low_disk_one_shard_is_here_at_a_time(llama: Path, packed: Path, tm
 
     with hub.serve(tiny=llama) as served:
         served.on_request = look
-        run("convert", "org/tiny", tmp_path / "packed", "--low-disk", **environment(served, tmp_path))
+        run("convert", "org/tiny", tmp_path / "packed", "--low-disk", environment=environment(served, tmp_path))
     fetched = seen[len(shards) :]  # after the headers
     assert [file for file, _ in fetched] == shards
     for (_, here), before in zip(fetched, [[], *([shard] for shard in shards)], strict=False):

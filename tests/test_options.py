@@ -25,7 +25,8 @@ IDS = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
 def logits(directory: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory, device_map="cpu")
     with torch.no_grad():
-        return model(IDS).logits.float()
+        found: torch.Tensor = model(IDS).logits.float()
+    return found
 
 
 def linears(directory: Path) -> set[str]:
