@@ -371,6 +371,7 @@ struct Running<'w> {
 impl<'w> Work<'w> {
     /// The reader: hand out the chunks of every recipe that is not finished yet.
     fn read(&self) {
+        let _guard = self.queue.stop_on_panic();
         let result = self.plan.recipes.iter().try_for_each(|planned| self.read_recipe(planned));
         self.queue.end_of_reading(result);
     }
@@ -421,6 +422,7 @@ impl<'w> Work<'w> {
 
     /// A worker: compute chunks until there are no more.
     fn compute(&self) {
+        let _guard = self.queue.stop_on_panic();
         let mut again = Vec::new();
         while let Some(Task { run, chunk, bytes }) = self.queue.next() {
             let result = match &bytes {
