@@ -23,6 +23,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qpack
+from qpack.errors import CheckpointError
 from qpack.manifest import Manifest
 
 Tensors = dict[str, torch.Tensor]
@@ -247,3 +248,37 @@ def test_every_tensor_that_is_not_packed_has_a_reason(made: Made) -> None:
     assert manifest.kept.keys() | expected.keys() == {tensor.name for tensor in inspection.tensors}
     assert all(manifest.kept.values())
     assert manifest.errors.keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("build", "tensor", "at", "value", "message"),
+    [
+        (
+            fp8,
+            "model.layers.1.mlp.up_proj.weight",
+            1000,
+            0x7F,
+            r"mlp\.up_proj\.weight is not finite at flat index 1000",
+        ),
+        # The scale of the third block of the second row.
+        (
+            mxfp4,
+            "model.layers.1.mlp.experts.down_proj_scales",
+            5,
+            0xFF,
+            r"model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight is not finite at flat index 160",
+        ),
+    ],
+)
+def test_codes_that_stand_for_no_number_are_refused(
+    build: Callable[[Path], Tensors], tensor: str, at: int, value: int, message: str, tmp_path: Path
+) -> None:
+    build(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + json.loads(content[8:start])[tensor]["data_offsets"][0] + at] = value
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        qpack.convert(tmp_path / "source", tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
