@@ -4,7 +4,7 @@
 
 Makes a checkpoint of random weights in the shape of Llama-3-8B's layers, and before every timing empties the page cache
 (as root by /proc/sys/vm/drop_caches, else file by file by posix_fadvise). Each run times, one after the other: reading
-all input files with one thread, 8 MiB at a time; writing as many bytes as the output has, and flushing them; the program
+all input files with one thread, 8 MiB at a time; writing as many bytes as the output has, and flushing them; and
 `qpack convert` in each mode, start-up included. The ratio is convert's time over that of the slower of the two.
 Memory is the largest RssAnon of the process in /proc, looked at every 20 ms: the page cache is not counted.
 """
@@ -147,9 +147,8 @@ def main() -> None:
     for mode in arguments.modes:
         median = statistics.median(seconds[mode])
         ratio = statistics.median(ratios[mode])
-        print(
-            f"{mode}: {median:.2f} s, {ratio:.2f} of the slower of reading and writing, {median / first:.2f} of the first"
-        )
+        beside = f"{ratio:.2f} of the slower of reading and writing, {median / first:.2f} of the first mode"
+        print(f"{mode}: {median:.2f} s, {beside}")
 
 
 if __name__ == "__main__":

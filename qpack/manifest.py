@@ -51,7 +51,7 @@ class Manifest:
     options: Mapping[str, Any]
     """What `qpack.convert` was asked for."""
     source: Mapping[str, Any]
-    """``digest`` (over names, dtypes, shapes and bytes of all source tensors), ``bytes``, ``tensors``, and where it came
+    """``digest`` (over names, dtypes, shapes and bytes of all source tensors), ``bytes``, ``tensors``, and where it is
     from: ``name``, and ``revision`` for a hub id."""
     fingerprint: str
     tensors: Mapping[str, str]
