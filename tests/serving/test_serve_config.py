@@ -31,7 +31,7 @@ def test_an_unpacked_base_is_refused(llama: Path) -> None:
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index\.json and no model\.safetensors"):
         ServeConfig(tmp_path)
 
 

@@ -47,6 +47,10 @@ impl From<stream::Written> for Written {
 struct Source<'a>(&'a Py<PyAny>);
 
 impl Supply for Source<'_> {
+    fn fetches(&self) -> bool {
+        true
+    }
+
     fn need(&self, file: &Path) -> Result<Option<PathBuf>> {
         let fetch = |py: Python<'_>| self.0.call_method1(py, "fetch", (file,))?.extract(py).map(Some);
         Python::attach(fetch).map_err(|error| supply_error(file, error))

@@ -75,6 +75,11 @@ impl File {
         Ok(())
     }
 
+    /// Whether it is read from another place than where it was first opened.
+    pub fn is_elsewhere(&self) -> bool {
+        self.lock().as_ref().is_some_and(|handle| handle.path != self.path)
+    }
+
     /// Ask the system to read what stands behind the first `offset` bytes of `tensor` before it is needed.
     pub fn read_ahead(&self, tensor: &TensorInfo, offset: u64) {
         let position = self.position(tensor, offset);

@@ -102,6 +102,12 @@ pub struct WeightError {
 
 /// Who sees to it that source files are there when they are read. `()` is for files that are.
 pub trait Supply: Sync {
+    /// Whether files are somewhere else until they are needed. Then what one file gives is finished, and the file done
+    /// with if nothing else needs it, before the next one comes.
+    fn fetches(&self) -> bool {
+        false
+    }
+
     /// `file` is going to be read. Returns where it now is, if that is another place.
     ///
     /// # Errors
@@ -394,6 +400,9 @@ impl<'w> Work<'w> {
                 return self.recipe_done(planned);
             }
             self.journal.forget(&source.info.name);
+        }
+        if self.supply.fetches() && !planned.files().all(File::is_elsewhere) {
+            self.queue.wait_idle();
         }
         for file in planned.files() {
             if let Some(path) = self.supply.need(file.path())? {

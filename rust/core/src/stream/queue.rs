@@ -122,6 +122,14 @@ impl<R> Queue<R> {
         StopOnPanic(self)
     }
 
+    /// Wait until everything that was pushed is done, or something has failed.
+    pub(super) fn wait_idle(&self) {
+        let busy = |state: &mut State<R>| {
+            state.failure.is_none() && !(state.fresh.is_empty() && state.again.is_empty() && state.running == 0)
+        };
+        let _idle = self.changed.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner);
+    }
+
     /// All workers have ended.
     pub(super) fn close(&self) {
         self.lock().closed = true;
