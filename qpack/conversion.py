@@ -165,7 +165,7 @@ def convert(
     Interrupted by anything but bad input, it leaves nothing at ``destination`` but what the same call goes on with.
 
     Raises:
-        CheckpointError: if the source is missing, malformed, of an unknown family, or holds weights that are not finite.
+        CheckpointError: if the source is missing, malformed, of an unknown family, or has weights that are not finite.
         DataError: if the rules cannot be followed.
         DiskFullError: if the disk has no room.
         OutputExistsError: if ``destination`` exists and ``force`` is not set, or is, holds or lies in an input.
@@ -220,6 +220,7 @@ def convert(
             tensors=written.digests,
             errors={name: WeightError(*error) for name, error in written.errors.items()},
             kept=plan.kept,
+            transposed=plan.transposed,
         ).write(work.directory)
     return ConvertReport(
         source_bytes=checkpoint.tensor_bytes,

@@ -106,7 +106,7 @@ def _layer_weight(family: str, layer: str, rest: str) -> Role:
     module = f"model.layers.{layer}.{rest}"
     if family in _MIXTURES:
         module = module.replace(".block_sparse_moe.", ".mlp.")  # as transformers calls Mixtral's
-        if match := _EXPERT.fullmatch(module):
+        if family != "gpt_oss" and (match := _EXPERT.fullmatch(module)):
             return Experts(match["experts"])
         if module.endswith((".mlp.gate", ".mlp.router")):
             return Kept(module, ROUTER)

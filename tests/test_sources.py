@@ -90,7 +90,9 @@ def test_the_index_keeps_to_its_directory(llama: Path, tmp_path: Path) -> None:
     for file in ("../other.safetensors", str(tmp_path / "other.safetensors"), "..", "a\\b", "a/b", ""):
         index["weight_map"]["model.norm.weight"] = file
         (copy / "other.index.json").write_text(json.dumps(index))
-        placed = re.escape(f"other.index.json: places tensor model.norm.weight in {json.dumps(file)}, which is not a file")
+        placed = re.escape(
+            f"other.index.json: places tensor model.norm.weight in {json.dumps(file)}, which is not a file"
+        )
         with pytest.raises(CheckpointError, match=placed):
             open_source(copy / "other.index.json", work=tmp_path)
 
