@@ -128,7 +128,7 @@ def mixtral_fused(directory: Path) -> Tensors:
     write(directory, model, state_of(model, fused=True))
     hub = state_of(model, fused=False)
     return {
-        name.replace(".block_sparse_moe.", ".mlp."): tensor.contiguous()
+        name: tensor.contiguous()
         for name, tensor in hub.items()
         if ".experts." in name or name.endswith("_proj.weight")
     }

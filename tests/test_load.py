@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from moe import decoded_model
 from tiny import write_tokenizer
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 import qpack
@@ -46,11 +46,12 @@ def test_codes_in_floats_stay_as_they_are(llama: Path, packed: Path, tmp_path: P
 def falcon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed Falcon with the layers of the 7B, or of the 40B. Read only."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    settings = {"new_decoder_architecture": True, "num_kv_heads": 1, "bias": True} if request.param else {}
-    model = FalconForCausalLM(FalconConfig(**sizes, **settings, initializer_range=0.08))  # type: ignore[arg-type]
+    settings = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if request.param:
+        settings |= {"new_decoder_architecture": True, "num_kv_heads": 1, "bias": True}
+    config = AutoConfig.for_model("falcon", **settings, initializer_range=0.08)
     directory = tmp_path_factory.mktemp("falcon")
-    model.to(torch.bfloat16).save_pretrained(directory / "source")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory / "source")
     write_tokenizer(directory / "source")
     report = qpack.convert(directory / "source", directory / "packed")
     assert report.foreign == ("FalconLinear",)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -110,9 +110,9 @@ def _make_linears_plain(model: PreTrainedModel) -> None:
 
 
 def _floats(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    """All parameters and buffers but the 4-bit ones, whose codes may be stored as floats."""
+    """All parameters and buffers but the 4-bit ones."""
     tensors = (*model.named_parameters(), *model.named_buffers())
-    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and type(tensor) is not Params4bit]
+    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
 
 
 def _merges_experts(conversion: WeightTransform) -> bool:
