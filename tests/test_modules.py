@@ -119,11 +119,12 @@ def test_what_a_family_ties_without_saying_so(family: str, tmp_path: Path) -> No
 
 
 def shrunk(config: Any) -> Any:
-    """``config`` with four layers and eight experts."""
-    for section in (config, config.get_text_config(decoder=True)):
+    """``config`` with four layers and eight experts in every tower."""
+    towers = [getattr(config, name, None) for name in config.sub_configs]
+    for section in filter(None, (config, config.get_text_config(decoder=True), *towers)):
         for name, value in list(vars(section).items()):
             if isinstance(value, int) and re.search(
-                r"(num|n_routed)(_local)?_experts$|n(um)?(_hidden)?_layers?$", name
+                r"(num|n_routed)(_local)?_experts$|n(um)?(_hidden)?_layers?(_per_stack)?$|coder_layers$|^depth$", name
             ):
                 setattr(section, name, min(value, 8 if name.endswith("experts") else 4))
             elif isinstance(value, list) and "layer" in name:
