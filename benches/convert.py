@@ -1,11 +1,11 @@
 """`qpack convert` end to end, cold, beside the disk alone: reading the input and writing the output.
 
-    python benches/convert.py [--size 8GB] [--runs 3] [--dir DIR] [convert options, e.g. --mode best]
+    python benches/convert.py [--size 8GB] [--runs 3] [--dir DIR] [--modes exact best] [options of convert]
 
 Makes a checkpoint of random weights in the shape of Llama-3-8B's layers, and before every timing empties the page cache
 (as root by /proc/sys/vm/drop_caches, else file by file by posix_fadvise). Each run times, one after the other: reading
-all input files with one thread, 8 MiB at a time; writing as many bytes as the output has, and flushing them; the program
-`qpack convert`, start-up included. The ratio is convert's time over that of the slower of the two, median of the runs.
+all input files with one thread, 8 MiB at a time; writing as many bytes as the output has, and flushing them; and
+`qpack convert` in each mode, start-up included. The ratio is convert's time over that of the slower of the two.
 Memory is the largest RssAnon of the process in /proc, looked at every 20 ms: the page cache is not counted.
 """
 
@@ -119,27 +119,36 @@ def main() -> None:
     parser.add_argument("--size", type=parse_size, default="8GB")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "qpack-bench")
+    parser.add_argument("--modes", nargs="+", default=["exact", "best"])
     arguments, options = parser.parse_known_args()
     source, output = arguments.dir / f"source-{arguments.size}", arguments.dir / "packed"
     if not source.exists():
         write_checkpoint(source, arguments.size)
-    ratios = []
+    ratios: dict[str, list[float]] = {mode: [] for mode in arguments.modes}
+    seconds: dict[str, list[float]] = {mode: [] for mode in arguments.modes}
     for _ in range(arguments.runs):
-        shutil.rmtree(output, ignore_errors=True)
         empty_page_cache(source)
         reading = read(source)
-        empty_page_cache(source)
-        seconds, peak = convert(source, output, options)
+        peaks = {}
+        for mode in arguments.modes:
+            shutil.rmtree(output, ignore_errors=True)
+            empty_page_cache(source)
+            taken, peaks[mode] = convert(source, output, ["--mode", mode, *options])
+            seconds[mode].append(taken)
         size = sum(path.stat().st_size for path in output.iterdir())
         empty_page_cache(source, output)
         writing = write(arguments.dir / "written", size)
-        ratios.append(seconds / max(reading, writing))
-        print(
-            f"read {reading:.2f} s, write {format_size(size)} {writing:.2f} s, convert {seconds:.2f} s, "
-            f"ratio {ratios[-1]:.2f}, {format_size(peak)} of memory",
-            flush=True,
-        )
-    print(f"convert takes {statistics.median(ratios):.2f} times the slower of reading and writing")
+        line = f"read {reading:.2f} s, write {format_size(size)} {writing:.2f} s"
+        for mode in arguments.modes:
+            ratios[mode].append(seconds[mode][-1] / max(reading, writing))
+            line += f"; {mode} {seconds[mode][-1]:.2f} s, ratio {ratios[mode][-1]:.2f}, {format_size(peaks[mode])}"
+        print(line, flush=True)
+    first = statistics.median(seconds[arguments.modes[0]])
+    for mode in arguments.modes:
+        median = statistics.median(seconds[mode])
+        ratio = statistics.median(ratios[mode])
+        beside = f"{ratio:.2f} of the slower of reading and writing, {median / first:.2f} of the first mode"
+        print(f"{mode}: {median:.2f} s, {beside}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from qpack import _core, budget, modules
 from qpack.checkpoint import CONFIG_NAME
 from qpack.companions import copy_companions, write_config
-from qpack.errors import CheckpointError
+from qpack.errors import CheckpointError, DataError
 from qpack.inspection import Inspection, inspect
 from qpack.manifest import Manifest, WeightError
 from qpack.output import free_bytes, refuse_full_disk, refuse_inputs, resumable_directory
@@ -166,7 +166,7 @@ def convert(
 
     Raises:
         CheckpointError: if the source is missing, malformed, of an unknown family, or has weights that are not finite.
-        DataError: if the rules cannot be followed.
+        DataError: if the rules cannot be followed, or if ``target_bits`` are too few.
         DiskFullError: if the disk has no room.
         OutputExistsError: if ``destination`` exists and ``force`` is not set, or is, holds or lies in an input.
         ValueError: for illegal options.
@@ -181,6 +181,8 @@ def convert(
         refuse_inputs(destination, opened.directories)
         rules = None if options.rules is None else Rules.read(options.rules)
         plan = _plan(opened, options, rules)
+        if options.target_bits is not None:
+            _choose(opened, options, plan, None)  # refuses now what it would refuse after measuring
         refuse_full_disk(destination, sum(size for _, size in _files(opened, plan, options)) + _peak(opened, plan))
         text = _inputs_text(opened, options)
         work.begin(text)
@@ -259,6 +261,8 @@ def plan_conversion(
         refuse_inputs(Path(destination), opened.directories)
         rules = None if options.rules is None else Rules.read(options.rules)
         plan = _plan(opened, options, rules)
+        if options.target_bits is not None:
+            _choose(opened, options, plan, None)  # refuses now what it would refuse after measuring
         return DryRun(
             source_bytes=opened.checkpoint.tensor_bytes,
             plan=plan,
@@ -301,7 +305,6 @@ def _spend(
     on_progress: Progress | None,
 ) -> modules.Plan:
     """The plan that spends ``target_bits`` where the error is largest, after measuring every way to pack."""
-    assert options.target_bits is not None
     squares = _core.measure(
         source.checkpoint.shards,
         plan.recipes,
@@ -310,17 +313,34 @@ def _spend(
         source=source if source.fetcher else None,
         on_progress=on_progress,
     )
-    weights = {part.name: part.weights for recipe in plan.recipes for part in recipe.parts if part.packing}
+    return _plan(source, options, rules, _choose(source, options, plan, squares))
+
+
+def _choose(
+    source: Source, options: ConvertOptions, plan: modules.Plan, squares: Mapping[str, Sequence[float]] | None
+) -> dict[str, Packing | None]:
+    """How to store each group of weights, given the squared error of each way (None: only see whether any fits).
+
+    Raises:
+        DataError: if ``target_bits`` are too few for all.
+    """
+    assert options.target_bits is not None
+    packed = [(recipe, part) for recipe in plan.recipes for part in recipe.parts if part.packing]
+    weights = {part.name: part.weights for _, part in packed}
+    wide = {part.name for recipe, part in packed if source.checkpoint.tensors[recipe.source].dtype == "F32"}
     candidates = {}
     for group, names in modules.groups(plan).items():
-        kept = sum(budget.stored_bits(weights[name], None) for name in names)
+        kept = sum(budget.stored_bits(weights[name], None) * (2 if name in wide else 1) for name in names)
         # Experts in 16 bits are read by neither vLLM's plugin nor `qpack.load`.
         candidates[group] = [] if group.endswith(".experts") else [budget.Candidate(None, kept, 0.0)]
         for index, packing in enumerate(budget.PACKINGS):
             bits = sum(budget.stored_bits(weights[name], packing) for name in names)
-            candidates[group].append(budget.Candidate(packing, bits, sum(squares[name][index] for name in names)))
-    chosen = budget.choose(candidates, sum(weights.values()), options.target_bits)
-    return _plan(source, options, rules, chosen)
+            error = sum(squares[name][index] for name in names) if squares else 0.0
+            candidates[group].append(budget.Candidate(packing, bits, error))
+    try:
+        return budget.choose(candidates, sum(weights.values()), options.target_bits)
+    except ValueError as error:
+        raise DataError(f"{source.name}: {error}") from None
 
 
 def _files(source: Source, plan: modules.Plan, options: ConvertOptions) -> list[tuple[str, int]]:

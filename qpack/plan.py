@@ -22,8 +22,9 @@ class Packing:
 class Part:
     """One tensor to write, made from a source tensor or a part of it.
 
-    The source is seen as matrices of shape (rows, columns): the columns are those of ``shape``, the rows follow from the
-    source's own shape, and what stands before them counts the matrices (a fused tensor of experts has one an expert).
+    The source is seen as matrices of shape (rows, columns): the columns are those of ``shape``, the rows follow from
+    the source's own shape, and what stands before them counts the matrices (a fused tensor of experts has one an
+    expert).
     """
 
     name: str

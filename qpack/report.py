@@ -135,9 +135,10 @@ def print_dry_run(destination: Path, dry: DryRun) -> None:
     parts = [part for recipe in dry.plan.recipes for part in recipe.parts]
     packed = [part for part in parts if part.packing]
     files = f"{len(dry.files)} file{'s' if len(dry.files) > 1 else ''}"
+    bits = 8 * dry.bytes / sum(part.weights for part in parts)
     lines = {
         "would pack": f"{len(packed)} weights, {format_size(dry.source_bytes)} to {format_size(dry.bytes)} in {files}",
-        "bits": f"{dry.packed_bits:.3f} a packed weight, {8 * dry.bytes / sum(part.weights for part in parts):.3f} over all",
+        "bits": f"{dry.packed_bits:.3f} a packed weight, {bits:.3f} over all",
     }
     lines |= _kept((part.reason, 0) for part in parts if not part.packing)
     if dry.seconds is not None and dry.read_rate is not None:

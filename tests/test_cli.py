@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 import qpack
 
 
-def run(*arguments: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, status: int = 0, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the program; what is no path is not looked up on the hub."""
     command = [sys.executable, "-m", "qpack", *map(str, arguments)]
-    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(environment or {})
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     return done
@@ -45,8 +48,8 @@ def test_convert_inspect_and_merge_without_torch(llama: Path, packed: Path, tmp_
     for package in ("torch", "transformers", "numpy", "peft", "vllm"):
         (blocker / package).mkdir(parents=True)
         (blocker / package / "__init__.py").write_text("raise ImportError('blocked')")
-    output, path = tmp_path / "packed", str(blocker)
-    done = run("convert", llama, output, PYTHONPATH=path)
+    output, blocked = tmp_path / "packed", {"PYTHONPATH": str(blocker)}
+    done = run("convert", llama, output, environment=blocked)
     inspection = qpack.inspect(packed)
     title, *lines = done.stdout.splitlines()
     assert title == str(output)
@@ -58,17 +61,17 @@ def test_convert_inspect_and_merge_without_torch(llama: Path, packed: Path, tmp_
     assert shown["kept"].strip() == "5 x norm (2.56 kB), 1 x input embedding (164 kB)"
     assert "2.53 MB of 2.53 MB" in done.stderr
     assert contents(output) == contents(packed)
-    assert "would pack  14 weights" in run("convert", llama, tmp_path / "dry", "--dry-run", PYTHONPATH=path).stdout
+    assert "would pack  14 weights" in run("convert", llama, tmp_path / "dry", "--dry-run", environment=blocked).stdout
 
-    report = json.loads(run("inspect", output, "--json", PYTHONPATH=path).stdout)
+    report = json.loads(run("inspect", output, "--json", environment=blocked).stdout)
     found = (report["weights"], report["bytes"], report["bits"])
     assert found == (inspection.weights, inspection.bytes, inspection.bits)
     assert len(report["tensors"]) == len(inspection.tensors)
-    done = run("inspect", output, PYTHONPATH=path)
+    done = run("inspect", output, environment=blocked)
     assert re.search(r"^up_proj +2 +512 x 256 +NF4/64 nested ", done.stdout, re.MULTILINE)
     assert re.search(rf" {inspection.bits:.3f} +9\.\d\d %$", done.stdout, re.MULTILINE)
 
-    assert f"as packed from {llama}" in run("verify", output, "--against", llama, PYTHONPATH=path).stdout
+    assert f"as packed from {llama}" in run("verify", output, "--against", llama, environment=blocked).stdout
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -78,7 +81,7 @@ def test_convert_inspect_and_merge_without_torch(llama: Path, packed: Path, tmp_
     factors = {"lora_A": torch.ones(2, 256), "lora_B": torch.ones(256, 2)}
     named = {f"base_model.model.{module}.{factor}.weight": value for factor, value in factors.items()}
     save_file(named, adapter / "adapter_model.safetensors")
-    assert "1 weights merged" in run("merge", output, adapter, tmp_path / "merged", PYTHONPATH=path).stdout
+    assert "1 weights merged" in run("merge", output, adapter, tmp_path / "merged", environment=blocked).stdout
     # What stands in qpack.json is of the packed weights, and goes no further.
     assert (output / "qpack.json").is_file()
     assert not (tmp_path / "merged" / "qpack.json").exists()

@@ -128,7 +128,7 @@ def test_a_model_of_the_hub_is_planned_from_headers(llama: Path, tmp_path: Path)
     with hub.serve(tiny=llama) as served:
         environment = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         for options, meanwhile in (((), ""), (("--low-disk",), f" and {format_size(largest)} of shards meanwhile")):
-            done = run("convert", "org/tiny", tmp_path / "packed", "--dry-run", *options, **environment)
+            done = run("convert", "org/tiny", tmp_path / "packed", "--dry-run", *options, environment=environment)
             found = lines(done.stdout)
             assert found["would pack"] == f"14 weights, 2.53 MB to {size} in 1 file"
             assert found["disk"].endswith(f" free for {size}{meanwhile}")

@@ -5,7 +5,9 @@ source finds nothing but what was damaged.
 """
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qpack
+from qpack.errors import CheckpointError
 from qpack.manifest import Manifest
 
 Tensors = dict[str, torch.Tensor]
@@ -134,38 +137,56 @@ def mixtral_fused(directory: Path) -> Tensors:
     }
 
 
-SOURCES: dict[str, tuple[Callable[[Path], Tensors], str]] = {
-    "fp8": (fp8, "model.layers.1.mlp.up_proj.weight"),
-    "fp8 e8m0": (fp8_e8m0, "model.layers.1.mlp.up_proj.weight"),
-    "mxfp4": (mxfp4, "model.layers.1.mlp.experts.gate_up_proj_blocks"),
-    "gpt-oss": (gpt_oss_16, "model.layers.1.mlp.experts.gate_up_proj"),
-    "gpt2": (gpt2, "transformer.h.1.mlp.c_fc.weight"),
-    "mixtral": (mixtral_fused, "model.layers.1.mlp.experts.gate_up_proj"),
+SOURCES: dict[str, tuple[Callable[[Path], Tensors], str, str]] = {
+    "fp8": (fp8, "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"),
+    "fp8 e8m0": (fp8_e8m0, "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"),
+    "mxfp4": (mxfp4, "model.layers.1.mlp.experts.down_proj_blocks", "model.layers.1.mlp.experts.2.down_proj.weight"),
+    "gpt-oss": (gpt_oss_16, "model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.2.down_proj.weight"),
+    "gpt2": (gpt2, "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_fc.weight"),
+    "mixtral": (
+        mixtral_fused,
+        "model.layers.1.mlp.experts.down_proj",
+        "model.layers.1.block_sparse_moe.experts.2.w2.weight",
+    ),
 }
-"""How each is written, and a tensor of it to damage."""
+"""How each is written; a tensor of it to damage, and the weight that the middle of that becomes."""
 
 
-def flip(path: Path, tensor: str) -> None:
-    """Flip a bit in the middle of ``tensor``: the lowest of the second byte there, so that no float becomes NaN."""
+def flip(path: Path, tensor: str, *, signs: int) -> None:
+    """Flip the signs of so many numbers in ``tensor``, from its middle on."""
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     first, end = json.loads(content[8:start])[tensor]["data_offsets"]
-    content[start + (first + end) // 4 * 2 + 1] ^= 1
+    middle = start + first + (end - first) // 4 * 2 + 1
+    for at in range(middle, middle + 2 * signs, 2):
+        content[at] ^= 0x80
     path.write_bytes(content)
 
 
+@dataclass(frozen=True)
+class Made:
+    source: Path
+    packed: Path
+    expected: Tensors
+    """What is to be packed, by the names that it gets."""
+    damage: str
+    """A tensor of the source."""
+    damaged: str
+    """The weight that its middle becomes."""
+
+
 @pytest.fixture(scope="module", params=SOURCES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Tensors, str]:
-    """A source, the same packed, the weights it stands for, and a tensor of it to damage. Read only."""
-    build, victim = SOURCES[request.param]
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A source, and the same packed. Read only."""
+    build, damage, damaged = SOURCES[request.param]
     directory = tmp_path_factory.mktemp("models")
     expected = build(directory / "source")
     qpack.convert(directory / "source", directory / "packed", threads=2)
-    return directory / "source", directory / "packed", expected, victim
+    return Made(directory / "source", directory / "packed", expected, damage, damaged)
 
 
-def test_packed_is_what_bitsandbytes_makes_of_what_transformers_decodes(made: tuple[Path, Path, Tensors, str]) -> None:
-    _, packed, expected, _ = made
+def test_packed_is_what_bitsandbytes_makes_of_what_transformers_decodes(made: Made) -> None:
+    packed, expected = made.packed, made.expected
     stored = definitions.tensors(packed)
     weights = qpack.inspect(packed).packed
     assert {weight.name: weight.shape for weight in weights} == {
@@ -189,48 +210,73 @@ def test_packed_is_what_bitsandbytes_makes_of_what_transformers_decodes(made: tu
         assert (scales - state.absmax).abs().max() <= (state.absmax - offset).abs().max() * 0.01
 
 
-def test_verify_against_the_source_is_clean(made: tuple[Path, Path, Tensors, str]) -> None:
-    source, packed, expected, _ = made
-    found = qpack.verify(packed, against=source)
+def test_verify_against_the_source_is_clean(made: Made) -> None:
+    found = qpack.verify(made.packed, against=made.source)
     assert found.ok, found.problems
-    assert found.errors.keys() == expected.keys()
-    recorded = Manifest.read(packed).errors
+    assert found.errors.keys() == made.expected.keys()
+    recorded = Manifest.read(made.packed).errors
     for name, error in found.errors.items():
         assert error.relative == pytest.approx(recorded[name].relative, rel=1e-3)
 
 
-def test_a_flipped_bit_of_the_source_is_named(made: tuple[Path, Path, Tensors, str], tmp_path: Path) -> None:
-    source, packed, _, victim = made
-    damaged = tmp_path / "source"
-    damaged.mkdir()
-    for path in source.iterdir():
-        (damaged / path.name).write_bytes(path.read_bytes())
-    flip(damaged / "model.safetensors", victim)
-    problems = [str(problem) for problem in qpack.verify(packed, against=damaged).problems]
-    # One bit of one weight is less than the errors are compared to; the digest of the source is what tells.
-    assert problems[0].startswith("qpack.json: was packed from tensors with digest "), problems
+def test_a_flipped_bit_of_the_source_is_named(made: Made, tmp_path: Path) -> None:
+    damaged = shutil.copytree(made.source, tmp_path / "source")
+    flip(damaged / "model.safetensors", made.damage, signs=32)
+    first, *problems = qpack.verify(made.packed, against=damaged).problems
+    assert str(first).startswith("qpack.json: was packed from tensors with digest ")
+    assert {problem.weight for problem in problems} == {made.damaged}
+    assert all("error against the source is" in problem.reason for problem in problems)
 
 
-def test_a_flipped_bit_of_the_output_is_named(made: tuple[Path, Path, Tensors, str], tmp_path: Path) -> None:
-    source, packed, expected, _ = made
-    damaged = tmp_path / "packed"
-    damaged.mkdir()
-    for path in packed.iterdir():
-        (damaged / path.name).write_bytes(path.read_bytes())
-    kept = next(name for name in Manifest.read(packed).kept if name.endswith("norm.weight") or "ln_" in name)
-    victim = list(expected)[-1]
-    for tensor in (kept, f"{victim}.nested_absmax"):
-        flip(damaged / "model.safetensors", tensor)
-    problems = qpack.verify(damaged, against=source).problems
-    assert {problem.weight for problem in problems} == {kept, victim}
-    assert {problem.tensor for problem in problems} >= {kept, f"{victim}.nested_absmax"}
+def test_a_flipped_bit_of_the_output_is_named(made: Made, tmp_path: Path) -> None:
+    damaged = shutil.copytree(made.packed, tmp_path / "packed")
+    kept = next(name for name in Manifest.read(made.packed).kept if name.endswith("norm.weight") or "ln_" in name)
+    for tensor in (kept, f"{made.damaged}.nested_absmax"):
+        flip(damaged / "model.safetensors", tensor, signs=1)
+    problems = qpack.verify(damaged, against=made.source).problems
+    assert {problem.weight for problem in problems} == {kept, made.damaged}
+    assert {problem.tensor for problem in problems} >= {kept, f"{made.damaged}.nested_absmax"}
     assert any("is not what" in problem.reason and problem.tensor == kept for problem in problems)
 
 
-def test_every_tensor_that_is_not_packed_has_a_reason(made: tuple[Path, Path, Tensors, str]) -> None:
-    _, packed, expected, _ = made
-    manifest = Manifest.read(packed)
-    inspection = qpack.inspect(packed)
+def test_every_tensor_that_is_not_packed_has_a_reason(made: Made) -> None:
+    expected = made.expected
+    manifest = Manifest.read(made.packed)
+    inspection = qpack.inspect(made.packed)
     assert manifest.kept.keys() | expected.keys() == {tensor.name for tensor in inspection.tensors}
     assert all(manifest.kept.values())
     assert manifest.errors.keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("build", "tensor", "at", "value", "message"),
+    [
+        (
+            fp8,
+            "model.layers.1.mlp.up_proj.weight",
+            1000,
+            0x7F,
+            r"mlp\.up_proj\.weight is not finite at flat index 1000",
+        ),
+        # The scale of the third block of the second row.
+        (
+            mxfp4,
+            "model.layers.1.mlp.experts.down_proj_scales",
+            5,
+            0xFF,
+            r"model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight is not finite at flat index 160",
+        ),
+    ],
+)
+def test_codes_that_stand_for_no_number_are_refused(
+    build: Callable[[Path], Tensors], tensor: str, at: int, value: int, message: str, tmp_path: Path
+) -> None:
+    build(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + json.loads(content[8:start])[tensor]["data_offsets"][0] + at] = value
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        qpack.convert(tmp_path / "source", tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -45,7 +45,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(source: Path, output: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "qpack", "convert", str(source), str(output), "--max-shard-size", "8MB", *options]
+    return [sys.executable, "-m", "qpack", "convert", str(source), str(output), "--max-shard-size", "2MB", *options]
 
 
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(source: Pa
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_what_is_finished_is_not_done_again(sent: signal.Signals, source: Path, tmp_path: Path) -> None:
-    whole = qpack.convert(source, tmp_path / "whole", max_shard_size="8MB")
+    whole = qpack.convert(source, tmp_path / "whole", max_shard_size="2MB")
     assert whole.resumed_bytes == 0
     output = tmp_path / "packed"
     journal = tmp_path / ".packed.partial" / ".journal"
@@ -99,8 +99,10 @@ def test_what_is_finished_is_not_done_again(sent: signal.Signals, source: Path, 
         assert process.returncode == 130
         assert "the same command goes on from there" in errors
         assert errors.endswith("interrupted\n")
-    report = qpack.convert(source, output, max_shard_size="8MB")
-    assert report.source_bytes > report.resumed_bytes >= 5 * 1448 * 1448 * 2
+    report = qpack.convert(source, output, max_shard_size="2MB")
+    # Ctrl-C is looked at ten times a second: what little is left here may be finished before that.
+    most = report.source_bytes - (sent == signal.SIGKILL)
+    assert most >= report.resumed_bytes >= 3 * 1448 * 1448 * 2
     assert contents(output) == contents(tmp_path / "whole")
     assert report.result.packed == whole.result.packed
 
@@ -115,19 +117,19 @@ def interrupt(source: Path, output: Path) -> None:
         raise Stop
 
     with pytest.raises(Stop):
-        qpack.convert(source, output, max_shard_size="8MB", threads=1, on_progress=stop)
+        qpack.convert(source, output, max_shard_size="2MB", threads=1, on_progress=stop)
     assert (output.parent / f".{output.name}.partial" / ".journal").exists()
 
 
 def test_other_options_or_another_source_begin_anew(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "packed"
     interrupt(source, output)
-    assert qpack.convert(source, output, max_shard_size="8MB", blocksize=128).resumed_bytes == 0
+    assert qpack.convert(source, output, max_shard_size="2MB", blocksize=128).resumed_bytes == 0
     changed = tmp_path / "changed"
     write_weights(changed, layers=24, size=1448)
     interrupt(changed, tmp_path / "other")
     os.utime(changed / "model-3.safetensors", (1, 1))
-    assert qpack.convert(changed, tmp_path / "other", max_shard_size="8MB").resumed_bytes == 0
+    assert qpack.convert(changed, tmp_path / "other", max_shard_size="2MB").resumed_bytes == 0
 
 
 def test_bad_input_in_the_midst_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -180,5 +182,5 @@ def test_a_disk_that_fills_up_meanwhile_is_gone_on_with(source: Path, small_disk
     assert "No space left on device" in errors
     assert not output.exists()
     ballast.unlink()
-    report = qpack.convert(half, output, max_shard_size="8MB")
+    report = qpack.convert(half, output, max_shard_size="2MB")
     assert report.result.bytes > 13_000_000

@@ -148,7 +148,7 @@ proptest! {
         let path = dir.path().join("x.safetensors");
         let specs: Vec<_> =
             sizes.iter().enumerate().map(|(index, &(length, dtype))| spec(&index.to_string(), dtype, &[length])).collect();
-        let writer = Writer::open(&path, Arc::new(Layout::new(specs.to_vec()))).unwrap();
+        let writer = Writer::open(&path, Arc::new(Layout::new(specs.clone()))).unwrap();
         for (index, spec) in specs.iter().enumerate() {
             writer.write_at(index, 0, &vec![index as u8 + 1; spec.bytes() as usize]).unwrap();
         }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use qpack_core::merge::{self, FactorNames};
 use qpack_core::pack::{self, Mode, Options, Packing, Part, Recipe};
-use qpack_core::safetensors::{Checkpoint, Layout, TensorSpec, Writer};
+use qpack_core::safetensors::{Checkpoint, Layout, Tensor, TensorSpec, Writer};
 use qpack_core::stream::{self, JOURNAL_NAME, Plan, Supply};
 use qpack_core::{Dtype, Error, Float, Job, digest, encoded, nf4};
 use tempfile::tempdir;
@@ -418,5 +418,47 @@ fn encoded_sources_are_packed_as_what_they_decode_to() {
         assert_eq!(read(format!("{name}0")), codes);
         assert_eq!(read(format!("{name}1")), second);
         assert_eq!(made.tensor(&format!("{name}1")).unwrap().info.dtype, Dtype::BF16);
+    }
+}
+
+/// A recipe that panics, at work or while it is started.
+struct Panics<'a>(Tensor<'a>, bool);
+
+impl stream::Recipe for Panics<'_> {
+    fn outputs(&self) -> Vec<TensorSpec> {
+        Vec::new()
+    }
+
+    fn source(&self) -> Tensor<'_> {
+        self.0
+    }
+
+    fn chunks(&self) -> Vec<std::ops::Range<u64>> {
+        (0..64).map(|chunk| chunk * 256..chunk * 256 + 256).collect()
+    }
+
+    fn start(&self) -> qpack_core::Result<Box<dyn stream::Run + '_>> {
+        assert!(!self.1, "a recipe that panics at the start");
+        Ok(Box::new(self))
+    }
+}
+
+impl stream::Run for &Panics<'_> {
+    fn chunk(&self, _: usize, _: &[u8], _: &stream::Sink<'_>) -> qpack_core::Result<std::ops::Range<usize>> {
+        panic!("a recipe that panics at work")
+    }
+}
+
+#[test]
+fn a_panic_ends_the_work_instead_of_hanging_it() {
+    let dir = tempdir().unwrap();
+    let source = dir.path().join("source.safetensors");
+    write_floats(&source, &[("w", [64, 64], ramp(4096, 0.002))], Float::F32);
+    let checkpoint = open(&[source]);
+    for at_start in [false, true] {
+        let recipes: Vec<Box<dyn stream::Recipe>> = vec![Box::new(Panics(checkpoint.tensor("w").unwrap(), at_start))];
+        let plan = Plan::new(recipes, u64::MAX);
+        let run = std::panic::AssertUnwindSafe(|| plan.examine(2, &(), &Job::default()));
+        assert!(std::panic::catch_unwind(run).is_err());
     }
 }

@@ -251,7 +251,7 @@ impl Run for CompareRun<'_> {
     }
 }
 
-fn lock<'a>(differences: &'a Mutex<Differences>) -> std::sync::MutexGuard<'a, Differences> {
+fn lock(differences: &Mutex<Differences>) -> std::sync::MutexGuard<'_, Differences> {
     differences.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -30,7 +30,9 @@ pub fn measure<'a>(checkpoint: &'a Checkpoint, recipes: &[Recipe], candidates: &
         // Chunks of whole large blocks are whole small blocks too.
         let largest = (0..ways.len()).max_by_key(|&way| candidates[way].blocksize);
         if let Some(chunks) = largest.map(|way| ways[way].chunks.clone()) {
-            ways.iter_mut().for_each(|way| way.chunks.clone_from(&chunks));
+            for way in &mut ways {
+                way.chunks.clone_from(&chunks);
+            }
             measures.push(Box::new(Measure { source: checkpoint.tensor(&recipe.source)?, ways }));
         }
     }

@@ -19,7 +19,7 @@ pub(super) struct PackRun<'p> {
 
 /// One part at work, with the index of its first output.
 enum Made<'p> {
-    Packed(Weight<'p>),
+    Packed(Box<Weight<'p>>),
     Kept { output: usize, dtype: Dtype },
 }
 
@@ -38,7 +38,7 @@ impl<'p> PackRun<'p> {
                     let count = pack.chunks[first..].iter().take_while(|chunk| belongs(&chunk.work)).count();
                     let weight = Weight::new(&part.name, state, pack.options, output, first..first + count);
                     output += state.tensors(&part.name, pack.options.storage).len();
-                    Made::Packed(weight)
+                    Made::Packed(Box::new(weight))
                 }
                 Output::Kept(dtype) => {
                     output += 1;

@@ -70,7 +70,9 @@ impl Layout {
         json.resize(json.len().next_multiple_of(8), b' ');
         let header = [(json.len() as u64).to_le_bytes().as_slice(), &json].concat();
         let data_start = header.len() as u64;
-        positions.iter_mut().for_each(|position| *position += data_start);
+        for position in &mut positions {
+            *position += data_start;
+        }
         Self { specs, header, positions, file_bytes: data_start + end }
     }
 

@@ -368,9 +368,19 @@ struct Running<'w> {
     sources: OnceLock<Vec<String>>,
 }
 
+impl Running<'_> {
+    /// The bytes of a chunk that is handed in once more.
+    fn read_again(&self, chunk: usize, bytes: &mut Vec<u8>) -> Result<()> {
+        let range = &self.chunks[chunk];
+        bytes.resize((range.end - range.start) as usize, 0);
+        self.planned.recipe.source().read_at(range.start, bytes)
+    }
+}
+
 impl<'w> Work<'w> {
     /// The reader: hand out the chunks of every recipe that is not finished yet.
     fn read(&self) {
+        let _guard = self.queue.stop_on_panic();
         let result = self.plan.recipes.iter().try_for_each(|planned| self.read_recipe(planned));
         self.queue.end_of_reading(result);
     }
@@ -421,22 +431,15 @@ impl<'w> Work<'w> {
 
     /// A worker: compute chunks until there are no more.
     fn compute(&self) {
+        let _guard = self.queue.stop_on_panic();
         let mut again = Vec::new();
         while let Some(Task { run, chunk, bytes }) = self.queue.next() {
             let result = match &bytes {
                 Some(bytes) => self.compute_chunk(&run, chunk, bytes, true),
-                None => self
-                    .read_again(&run, chunk, &mut again)
-                    .and_then(|()| self.compute_chunk(&run, chunk, &again, false)),
+                None => run.read_again(chunk, &mut again).and_then(|()| self.compute_chunk(&run, chunk, &again, false)),
             };
             self.queue.done(bytes, result);
         }
-    }
-
-    fn read_again(&self, running: &Running<'w>, chunk: usize, bytes: &mut Vec<u8>) -> Result<()> {
-        let range = &running.chunks[chunk];
-        bytes.resize((range.end - range.start) as usize, 0);
-        running.planned.recipe.source().read_at(range.start, bytes)
     }
 
     fn compute_chunk(&self, running: &Arc<Running<'w>>, chunk: usize, bytes: &[u8], first: bool) -> Result<()> {

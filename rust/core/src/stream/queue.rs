@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use crate::{Error, Result};
@@ -116,6 +117,11 @@ impl<R> Queue<R> {
         self.lock().resumed += bytes;
     }
 
+    /// What to hold while working: should it be dropped by a panic, everyone else stops too, instead of waiting for ever.
+    pub(super) fn stop_on_panic(&self) -> StopOnPanic<'_, R> {
+        StopOnPanic(self)
+    }
+
     /// All workers have ended.
     pub(super) fn close(&self) {
         self.lock().closed = true;
@@ -140,6 +146,20 @@ impl<R> Queue<R> {
 
     fn wait<'a>(&'a self, state: MutexGuard<'a, State<R>>) -> MutexGuard<'a, State<R>> {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub(super) struct StopOnPanic<'q, R>(&'q Queue<R>);
+
+impl<R> Drop for StopOnPanic<'_, R> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let mut state = self.0.lock();
+            state.fail(Err(Error::Cancelled));
+            state.closed = true;
+            drop(state);
+            self.0.changed.notify_all();
+        }
     }
 }
 
