@@ -222,6 +222,7 @@ def convert(
             tensors=written.digests,
             errors={name: WeightError(*error) for name, error in written.errors.items()},
             kept=plan.kept,
+            transposed=plan.transposed,
         ).write(work.directory)
     return ConvertReport(
         source_bytes=checkpoint.tensor_bytes,

@@ -82,7 +82,8 @@ def read_anatomy(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         if name == f"{OUTPUT_EMBEDDING}.weight":
             roles[name] = Linear(OUTPUT_EMBEDDING, keep=OUTPUT)
         elif match and len(shape) == 2 and "norm" not in match["rest"] and int(match["layer"]) < layers:
-            roles[name] = _layer_weight(family, match["layer"], match["rest"])
+            if role := _layer_weight(family, match["layer"], match["rest"]):
+                roles[name] = role
         elif fused and int(fused["layer"]) < layers:
             if family != "gpt_oss":
                 return None
@@ -97,7 +98,7 @@ def read_anatomy(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     )
 
 
-def _layer_weight(family: str, layer: str, rest: str) -> Role:
+def _layer_weight(family: str, layer: str, rest: str) -> Role | None:
     """The role of the two-dimensional weight of the module ``rest`` of a decoder layer."""
     if family == "gpt2":
         return Linear(f"transformer.h.{layer}.{rest}", transpose=True)
@@ -107,7 +108,7 @@ def _layer_weight(family: str, layer: str, rest: str) -> Role:
     if family in _MIXTURES:
         module = module.replace(".block_sparse_moe.", ".mlp.")  # as transformers calls Mixtral's
         if match := _EXPERT.fullmatch(module):
-            return Experts(match["experts"])
+            return None if family == "gpt_oss" else Experts(match["experts"])  # the model has gpt-oss's in one tensor
         if module.endswith((".mlp.gate", ".mlp.router")):
             return Kept(module, ROUTER)
         if module.endswith(".mlp.shared_expert_gate"):

@@ -60,6 +60,9 @@ class Manifest:
     """By the name of the packed weight."""
     kept: Mapping[str, str]
     """Why a weight was not packed, by name."""
+    transposed: tuple[str, ...]
+    """The packed weights that 16-bit checkpoints of the model have as (in_features, out_features): under the names here
+    and unpacked, stock transformers would read them wrongly."""
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -71,7 +74,7 @@ class Manifest:
         try:
             errors = {name: WeightError(**error) for name, error in content["errors"].items()}
             fields = {name: content[name] for name in ("options", "source", "fingerprint", "tensors", "kept")}
-            return cls(version=content["qpack"], errors=errors, **fields)
+            return cls(version=content["qpack"], errors=errors, transposed=tuple(content["transposed"]), **fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not as qpack writes it ({error!r})") from None
 

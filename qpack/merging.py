@@ -2,6 +2,9 @@
 
 Each weight is ``round(dequantize(W) + scale * B @ A)``: the packed base that the adapter was trained on, changed in
 f32, rounded once. Never back to 4 bits, where most codes would round to what they were and lose the adapter.
+
+Names and shapes stay those of the base. So a packed GPT-2 or gpt-oss is refused: 16-bit checkpoints of these hold their
+matrices transposed, and loaded from the packed ones' shapes the model would compute something else.
 """
 
 import logging
@@ -14,9 +17,10 @@ from qpack import _core
 from qpack.adapter import Adapter
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
-from qpack.errors import AdapterError
+from qpack.errors import AdapterError, CheckpointError
 from qpack.inspection import Inspection, inspect
-from qpack.modules import OUTPUT_EMBEDDING
+from qpack.manifest import MANIFEST_NAME, Manifest
+from qpack.modules import OUTPUT_EMBEDDING, transposed_weights
 from qpack.output import new_directory
 from qpack.sizes import parse_size
 
@@ -52,7 +56,7 @@ def merge(
     The base may be packed or plain. ``on_progress`` gets bytes of the base done and in all.
 
     Raises:
-        CheckpointError: if the base is malformed.
+        CheckpointError: if the base is malformed, or has weights that 16-bit checkpoints of its family hold transposed.
         AdapterError: if the adapter is malformed, of a kind that cannot be merged, or of another base.
         OutputExistsError: if ``destination`` exists and ``force`` is not set, or is or holds an input.
         ValueError: for an illegal ``dtype`` or ``max_shard_size``.
@@ -66,6 +70,7 @@ def merge(
     opened = Adapter.open(adapter)
     opened.check_base(checkpoint)
     _refuse_tied_head(checkpoint, opened)
+    _refuse_transposed(checkpoint, opened)
     for name, factors in opened.factors.items():
         logger.debug("merge %s, rank %d, scale %g", name, factors.r, factors.scale)
     inputs = [checkpoint.directory, opened.path]
@@ -86,6 +91,18 @@ def merge(
         config.pop("torch_dtype", None)
         write_config(partial, config | {"dtype": dtype})
     return MergeReport(len(opened.factors), inspect(destination), time.monotonic() - start)
+
+
+def _refuse_transposed(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Refuse a base whose weights, packed or changed, would be read the wrong way round from a 16-bit checkpoint."""
+    recorded = (checkpoint.directory / MANIFEST_NAME).is_file()
+    found = Manifest.read(checkpoint.directory).transposed if recorded else transposed_weights(checkpoint)
+    if wrong := [name for name in found if name in checkpoint.packed or name in adapter.factors]:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {wrong[0]} is (out_features, in_features), but 16-bit checkpoints of "
+            f"{checkpoint.config.get('model_type')} have it transposed, so that what is merged would be read wrongly; "
+            "load the base with qpack.load and the adapter with PEFT, or serve the two"
+        )
 
 
 def _refuse_tied_head(checkpoint: Checkpoint, adapter: Adapter) -> None:

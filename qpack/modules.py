@@ -20,9 +20,9 @@ from qpack.encoded import FLOATS, Source, read_sources
 from qpack.errors import CheckpointError
 from qpack.families import OUTPUT_EMBEDDING as OUTPUT_EMBEDDING
 from qpack.plan import Packing, Part, Recipe
-from qpack.roles import OUTPUT, ROUTER, TOWERS, Anatomy, Experts, Kept, Linear, Role, why_kept
+from qpack.roles import OUTPUT, ROUTER, TOWERS, Anatomy, Experts, Kept, Linear, Role, is_transposed, why_kept
 from qpack.rules import DTYPES, Rules
-from qpack.skipping import fused_module, skip_modules, towers
+from qpack.skipping import EXPERT, fused_module, skip_modules, towers
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,10 @@ class Plan:
     """``llm_int8_skip_modules`` of the quantization config."""
     foreign: tuple[str, ...]
     """What of the packed weights transformers' own loader cannot read, in words; empty if it reads all."""
+
+    transposed: tuple[str, ...]
+    """The packed weights that 16-bit checkpoints of the model have as (in_features, out_features): those of GPT-2's
+    Conv1D, and of gpt-oss's experts, all of a layer in one tensor there."""
 
     @property
     def packed(self) -> dict[str, tuple[int, ...]]:
@@ -84,9 +88,7 @@ def plan(
     config_path = checkpoint.directory / CONFIG_NAME
     sources = read_sources(checkpoint)
     shapes = {source.name: source.shape for source in sources}
-    anatomy = families.read_anatomy(checkpoint.config, shapes)
-    if anatomy is None:
-        anatomy = structure.read_anatomy(config_path, checkpoint.config, shapes)
+    anatomy = _anatomy(checkpoint, shapes)
     if pack_lm_head and (anatomy.tied or anatomy.output in anatomy.unstored):
         raise CheckpointError(
             f"{config_path}: the output embedding is tied to the input embedding, so it is not packed"
@@ -106,7 +108,24 @@ def plan(
         recipes=tuple(Recipe(one.stored, tuple(parts[one.stored]), one.scale, one.block) for one in sources),
         skip_modules=_skipped(config_path, drafts, anatomy),
         foreign=tuple(sorted({what for draft in drafts if (what := _foreign(draft))})),
+        transposed=tuple(draft.part.name for draft in drafts if draft.part.packing and is_transposed(draft.role)),
     )
+
+
+def transposed_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What `Plan.transposed` would be of a checkpoint that is packed, or 16-bit, told from the model alone.
+
+    Raises:
+        CheckpointError: for a model that transformers does not know, or that lacks weights.
+    """
+    roles = _anatomy(checkpoint, checkpoint.weights).roles
+    experts = {name for name in checkpoint.packed if name not in roles and EXPERT.fullmatch(name.rpartition(".")[0])}
+    return tuple(name for name in checkpoint.weights if name in experts or is_transposed(roles.get(name)))
+
+
+def _anatomy(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
+    found = families.read_anatomy(checkpoint.config, shapes)
+    return found or structure.read_anatomy(checkpoint.directory / CONFIG_NAME, checkpoint.config, shapes)
 
 
 def groups(planned: Plan) -> dict[str, tuple[str, ...]]:
@@ -322,14 +341,16 @@ def _foreign(draft: _Draft) -> str:
 
 
 def _skipped(config_path: Path, drafts: list[_Draft], anatomy: Anatomy) -> tuple[str, ...]:
-    """The list for what is kept: Linear modules and routers by all their names, other towers as a whole."""
+    """The list for what is kept: Linear modules and routers by all their names, experts and other towers as a whole."""
     packed = [draft for draft in drafts if draft.part.packing is not None]
     kept = [draft for draft in drafts if draft.part.packing is None]
     linears = {name for draft in kept if isinstance(draft.role, Linear) for name in _modules(draft)} | anatomy.unstored
+    apart = [draft for draft in kept if isinstance(draft.role, Experts) and not draft.role.keep]
+    experts = {name for draft in apart for name in _modules(draft)}
     routers = {name for draft in kept if draft.part.reason == ROUTER for name in _modules(draft)}
     outside = {name for draft in kept if draft.part.reason in TOWERS for name in _modules(draft)}
     inside = {name for draft in packed for name in _modules(draft)}
-    wanted = (linears | routers) - outside | towers(outside, inside)
+    wanted = (linears | experts | routers) - outside | towers(outside, inside)
     replaced = [draft.role.module for draft in packed if isinstance(draft.role, Linear)]
     entries, clashes = skip_modules(wanted, replaced)
     for entry, module in clashes:
@@ -340,6 +361,6 @@ def _skipped(config_path: Path, drafts: list[_Draft], anatomy: Anatomy) -> tuple
 
 
 def _modules(draft: _Draft) -> set[str]:
-    """The names of the module of a part: transformers', and the one that it is stored under."""
-    stored = draft.part.name.rpartition(".")[0]
+    """The names of the module of a part, of all experts for one: transformers', and the one that it is stored under."""
+    stored = draft.group if isinstance(draft.role, Experts) else draft.part.name.rpartition(".")[0]
     return {stored} if draft.role is None else {stored, draft.role.module}

@@ -13,6 +13,9 @@ OUTPUT = "output embedding"
 PROJECTOR = "projector"
 TOWERS = frozenset({"vision tower", "audio tower", PROJECTOR})
 """What is outside the text tower of a multimodal model."""
+PLAIN_SUBCLASSES = frozenset({"FalconLinear"})
+"""Subclasses of ``nn.Linear`` that are one by another name. They are packed like it, and `qpack.load` takes them for
+one; transformers loads the class itself only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,11 @@ class Kept:
 
 
 Role = Linear | Experts | Kept
+
+
+def is_transposed(role: Role | None) -> bool:
+    """Whether 16-bit checkpoints have it as (in_features, out_features)."""
+    return isinstance(role, Linear | Experts) and role.transpose
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ _FUSED = {
     "w13": ("w1", "w3"),
 }
 _FUSED_NAME = {part: name for name, parts in _FUSED.items() for part in parts}
-_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\.[^.]+")
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\.[^.]+")
+"""The name of a layer of one expert: ``model.layers.0.mlp.experts.3.up_proj``."""
 
 
 def fused_module(module: str) -> str:
@@ -29,7 +30,7 @@ def fused_module(module: str) -> str:
 
     All experts of a layer are one module: ``model.layers.0.mlp.experts``.
     """
-    if match := _EXPERT.fullmatch(module):
+    if match := EXPERT.fullmatch(module):
         return match["experts"]
     parent, dot, leaf = module.rpartition(".")
     return f"{parent}{dot}{_FUSED_NAME.get(leaf, leaf)}"

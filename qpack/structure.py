@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpack.errors import CheckpointError
 from qpack.quiet import quiet_libraries
-from qpack.roles import OUTPUT, PROJECTOR, ROUTER, Anatomy, Experts, Kept, Linear, Role, router_block
+from qpack.roles import OUTPUT, PLAIN_SUBCLASSES, PROJECTOR, ROUTER, Anatomy, Experts, Kept, Linear, Role, router_block
 from qpack.skipping import skips
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ _TOWERS = {
     "vision tower": re.compile(r"(^|[._])(vision|visual|image|img|vit)"),
     "audio tower": re.compile(r"(^|[._])(audio|speech|sound)"),
 }
-
-# Subclasses of nn.Linear that are one by another name; transformers packs the class itself only.
-_PLAIN_SUBCLASSES = frozenset({"FalconLinear"})
 
 # Experts that are stored in one tensor everywhere, and the names of their parts, which `qpack.load` reads.
 _FUSED_EVERYWHERE = {"GptOssExperts": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}}
@@ -234,7 +231,7 @@ def _linears(model: "PreTrainedModel", outside: _Outside) -> Iterator[tuple[str,
             keep = ROUTER
         elif not should_convert_module(name, list(model._keep_in_fp32_modules or ())):
             keep = "kept in float32 by transformers"
-        elif kind and kind not in _PLAIN_SUBCLASSES:
+        elif kind and kind not in PLAIN_SUBCLASSES:
             keep = f"a {kind}"
         yield f"{name}.weight", Linear(name, isinstance(module, Conv1D), keep, kind)
 

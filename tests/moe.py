@@ -1,17 +1,15 @@
-"""Tiny mixture-of-experts checkpoints, the same packed by bitsandbytes itself, and the models that those stand for.
+"""Tiny mixture-of-experts checkpoints, and the stock models that they stand for once they are packed.
 
-The writer packs one 2-D weight an expert under the names that checkpoints have on the hub, with gpt-oss's fused and
-interleaved experts taken apart. It uses ``quantize_4bit`` and ``QuantState.as_dict``, nothing of qpack.
+Packed weights are decoded by bitsandbytes, and gpt-oss's experts put back into one tensor here: nothing of qpack.
 """
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors.torch import load_file, save_file
 from tiny import write_tokenizer
 from transformers import (
@@ -96,59 +94,39 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 """Two layers each, several with a dense or a shared part. All in_features are multiples of 64: bitsandbytes' CPU
 dequantization, by which `decode` goes, is wrong for others."""
 
-KEPT = re.compile(r".*\.(gate|router|shared_expert_gate)\.weight|.*\.conv\.conv\.weight")
-"""Two-dimensional weights of layers that stay as they are."""
+LAYOUTS = {"mixtral": "fused", "gpt_oss": "mxfp4"}
+"""Other layouts that checkpoints of a family come in: all experts of a layer in one tensor, and in MXFP4."""
 
 
-def write_source(family: str, directory: Path) -> Path:
-    """Write a bf16 checkpoint of ``family`` with a tokenizer, as transformers saves it."""
+def write_source(family: str, directory: Path, layout: str = "") -> Path:
+    """Write a bf16 checkpoint of ``family`` with a tokenizer, as transformers saves it, or in one of `LAYOUTS`."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]())
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.endswith("bias"):  # made as zeros, which would hide a bias in the wrong place
                 tensor.normal_(std=0.1)
-    model.to(torch.bfloat16).save_pretrained(directory)
+    model.to(torch.bfloat16).save_pretrained(directory, save_original_format=layout != "fused")
+    if layout == "mxfp4":
+        tensors = load_file(directory / "model.safetensors")
+        for name in [name for name in tensors if name.endswith((".gate_up_proj", ".down_proj"))]:
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = draw_mxfp4(tensors.pop(name).shape)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
     write_tokenizer(directory)
     return directory
 
 
-def write_packed(source: Path, directory: Path, keep: str = "") -> Path:
-    """Pack the layers' Linear weights and all experts of ``source`` to NF4 with double quantization.
+def draw_mxfp4(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random blocks and scales of experts that are ``shape``, (experts, in_features, out_features), in 16 bits.
 
-    Weights whose name begins with ``keep`` stay in 16 bits.
+    The weights that they stand for have a standard deviation of 0.13.
     """
-    directory.mkdir()
-    tensors: dict[str, torch.Tensor] = {}
-    kept = {"lm_head"}
-
-    def stays(name: str) -> bool:
-        return KEPT.fullmatch(name) is not None or (keep != "" and name.startswith(keep))
-
-    for name, tensor in _unfused(load_file(source / "model.safetensors")).items():
-        if re.fullmatch(r"model\.layers\..*\.weight", name) and tensor.dim() == 2 and not stays(name):
-            codes, state = quantize_4bit(tensor, blocksize=64, compress_statistics=True, quant_type="nf4")
-            tensors[name] = codes
-            tensors |= {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
-        else:
-            tensors[name] = tensor
-            if stays(name):
-                kept.add(name.removesuffix(".weight"))
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted(kept),
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    write_tokenizer(directory)
-    return directory
+    experts, columns, rows = shape
+    blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(115, 125, (experts, rows, columns // 32), dtype=torch.uint8)
+    return blocks, scales
 
 
 def decode(packed: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -178,24 +156,8 @@ def decoded_model(packed: Path) -> PreTrainedModel:
     return model
 
 
-def _unfused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """gpt-oss's experts one by one: its weights are (experts, in, out), gate and up in alternate columns."""
-    result = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?", name)
-        if match is None:
-            result[name] = tensor
-            continue
-        prefix, layer, kind = match[1], match[2], "bias" if match[3] else "weight"
-        for expert, columns in enumerate(tensor):
-            rows = columns if kind == "bias" else columns.T
-            parts = {"gate_proj": rows[::2], "up_proj": rows[1::2]} if layer == "gate_up_proj" else {layer: rows}
-            result |= {f"{prefix}.{expert}.{part}.{kind}": part_rows.contiguous() for part, part_rows in parts.items()}
-    return result
-
-
 def _fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The opposite of `_unfused`."""
+    """gpt-oss's experts as transformers has them: (experts, in, out), gate and up in alternate columns."""
     result = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
     for prefix in sorted({name.split(".experts.")[0] + ".experts" for name in weights if ".experts." in name}):
         experts = range(sum(name.startswith(prefix) and name.endswith("down_proj.weight") for name in weights))

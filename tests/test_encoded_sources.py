@@ -15,6 +15,7 @@ import bitsandbytes.functional as bnb
 import definitions
 import pytest
 import torch
+from moe import draw_mxfp4
 from safetensors.torch import save_file
 from skeleton import SIZES, quiet
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -85,7 +86,6 @@ def gpt_oss(directory: Path, *, encoded: bool) -> Tensors:
     layers = ["full_attention", "sliding_attention"]
     model = random_model("gpt_oss", **SIZES, num_local_experts=4, layer_types=layers, initializer_range=0.05)
     stored, expected = {}, {}
-    draw = torch.Generator().manual_seed(1)
     for name, tensor in state_of(model, fused=False).items():
         module, _, leaf = name.rpartition(".")
         if leaf not in ("gate_up_proj", "down_proj"):
@@ -93,10 +93,8 @@ def gpt_oss(directory: Path, *, encoded: bool) -> Tensors:
             if name.endswith("_proj.weight"):
                 expected[name] = tensor
             continue
-        experts, columns, rows = tensor.shape
         if encoded:
-            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=draw)
-            scales = torch.randint(115, 125, (experts, rows, columns // 32), dtype=torch.uint8, generator=draw)
+            blocks, scales = draw_mxfp4(tensor.shape)
             stored[f"{name}_blocks"], stored[f"{name}_scales"] = blocks, scales
             tensor = convert_moe_packed_tensors(blocks, scales)
         else:

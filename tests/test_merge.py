@@ -1,6 +1,7 @@
 """`qpack.merge` against an f64 reference, against PEFT, and the adapters that it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import write_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import qpack
-from qpack.errors import AdapterError, OutputExistsError
+from qpack.errors import AdapterError, CheckpointError, OutputExistsError
 
 PRECISION = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
 """Half an ulp, relative: the largest error of rounding once."""
@@ -217,6 +218,29 @@ def test_an_adapter_of_a_base_of_other_shapes_is_refused(packed: Path, tmp_path:
         AdapterError, match=r"down_proj\.weight of shape \(256, 384\); in the base .* it is \(256, 512\)"
     ):
         qpack.merge(packed, adapter, tmp_path / "merged")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny GPT-2, the same packed, and an adapter of that for its one square weight. Read only."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=320, n_layer=1, n_embd=64, n_head=2, bos_token_id=256, eos_token_id=257)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "source")
+    qpack.convert(folder / "source", folder / "packed")
+    write_adapter(folder / "adapter", folder / "packed", target_modules=r".*\.attn\.c_proj")
+    return folder
+
+
+@pytest.mark.parametrize("base", ["packed", "unrecorded", "source"])
+def test_weights_that_16_bit_checkpoints_hold_transposed_are_not_merged(base: str, gpt2: Path, tmp_path: Path) -> None:
+    if base == "unrecorded":  # as packed by others
+        shutil.copytree(gpt2 / "packed", tmp_path / base, ignore=shutil.ignore_patterns("qpack.json"))
+    directory = (tmp_path if base == "unrecorded" else gpt2) / base
+    message = r"\.c_\w+\.weight is \(out_features, in_features\), but 16-bit checkpoints of gpt2 have it transposed"
+    with pytest.raises(CheckpointError, match=message):
+        qpack.merge(directory, gpt2 / "adapter", tmp_path / "merged")
+    assert not [path for path in tmp_path.iterdir() if path.name != base]
 
 
 def test_a_change_of_a_tied_head_is_refused(llama: Path, packed: Path, tmp_path: Path) -> None:

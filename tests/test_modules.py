@@ -1,7 +1,6 @@
 """What is packed: by names and by structure alike, as transformers' own replacement has it, and readable by loaders."""
 
 import itertools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from carried_out import carry_out, select
+from carried_out import select
+from moe import decode
 from safetensors.torch import load_file, save_file
 from skeleton import SIZES, meta_model, meta_model_of, quiet, skeleton, stored_shapes, write_skeleton
 from transformers import (
@@ -25,10 +25,12 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.base import get_keys_to_not_convert
 
+import qpack
 from qpack import families, structure
 from qpack.checkpoint import Checkpoint
 from qpack.encoded import read_sources
 from qpack.errors import CheckpointError
+from qpack.manifest import Manifest
 from qpack.modules import Plan, groups, plan
 from qpack.plan import Packing, Part
 
@@ -117,11 +119,12 @@ def test_what_a_family_ties_without_saying_so(family: str, tmp_path: Path) -> No
 
 
 def shrunk(config: Any) -> Any:
-    """``config`` with four layers and eight experts."""
-    for section in (config, config.get_text_config(decoder=True)):
+    """``config`` with four layers and eight experts in every tower."""
+    towers = [getattr(config, name, None) for name in config.sub_configs]
+    for section in filter(None, (config, config.get_text_config(decoder=True), *towers)):
         for name, value in list(vars(section).items()):
             if isinstance(value, int) and re.search(
-                r"(num|n_routed)(_local)?_experts$|n(um)?(_hidden)?_layers?$", name
+                r"(num|n_routed)(_local)?_experts$|n(um)?(_hidden)?_layers?(_per_stack)?$|coder_layers$|^depth$", name
             ):
                 setattr(section, name, min(value, 8 if name.endswith("experts") else 4))
             elif isinstance(value, list) and "layer" in name:
@@ -444,8 +447,8 @@ def test_routed_experts_are_not_chosen_to_be_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt2 hub", "phi3", "gemma3", "olmo2"])
-def test_what_is_planned_loads_in_stock_transformers(family: str, tmp_path: Path) -> None:
-    """The plan is carried out by torch and bitsandbytes; the loaded model computes what it did with rounded weights."""
+def test_what_is_packed_loads_in_stock_transformers(family: str, tmp_path: Path) -> None:
+    """The loaded model computes what the source's does with the weights that bitsandbytes decodes."""
     torch.manual_seed(0)
     # All in_features are multiples of 64: of others bitsandbytes' CPU kernel reads rows with a wrong stride.
     family, _, hub = family.partition(" ")
@@ -456,25 +459,16 @@ def test_what_is_planned_loads_in_stock_transformers(family: str, tmp_path: Path
         settings = {"text_config": settings, "vision_config": vision, "mm_tokens_per_image": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
     model.save_pretrained(tmp_path / "source")
-    source = load_file(tmp_path / "source" / "model.safetensors")
     if hub:  # where GPT-2 was saved from the model inside, with its masks
+        source = load_file(tmp_path / "source" / "model.safetensors")
         source = {name.removeprefix("transformer."): value for name, value in source.items()}
         source["h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
         save_file(source, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    result = planned(tmp_path / "source")
-    stored, decoded = carry_out(result, source)
-    (tmp_path / "packed").mkdir()
-    save_file(stored, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "float32",
-        "llm_int8_skip_modules": list(result.skip_modules),
-    }
-    config = json.loads((tmp_path / "source" / "config.json").read_text()) | {"quantization_config": quantization}
-    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    result = qpack.convert(tmp_path / "source", tmp_path / "packed").result
+    transposed = Manifest.read(tmp_path / "packed").transposed
+    assert len(transposed) == (8 if family == "gpt2" else 0)
+    decoded = decode(tmp_path / "packed", torch.float32)
+    decoded |= {name: decoded[name].T.contiguous() for name in transposed}
     (tmp_path / "decoded").mkdir()
     save_file(decoded, tmp_path / "decoded" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "decoded" / "config.json").write_bytes((tmp_path / "source" / "config.json").read_bytes())
@@ -485,9 +479,9 @@ def test_what_is_planned_loads_in_stock_transformers(family: str, tmp_path: Path
     assert len(modules) == len(result.packed)
     for name, module in modules:
         weight = expected.get_parameter(f"{name}.weight")
-        transposed = type(expected.get_submodule(name)).__name__ == "Conv1D"
+        conv = type(expected.get_submodule(name)).__name__ == "Conv1D"
         read = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        assert torch.equal(read, weight.T if transposed else weight), name
+        assert torch.equal(read, weight.T if conv else weight), name
     ids = torch.arange(1, 33)[None]
     with torch.no_grad():
         ours, theirs, plain = (one.eval()(input_ids=ids).logits for one in (packed, expected, model))

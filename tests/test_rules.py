@@ -104,6 +104,7 @@ def test_experts_are_kept_or_packed_by_layer(mixtral: Path, tmp_path: Path) -> N
     assert len(experts) == 2 * len(kept) == 2 * 3 * 4
     assert all(part.name.startswith(LAYER) and part.reason.startswith("rule keep") for part in kept)
     assert {part.packing for part in experts if part.packing} == {Packing(32)}
+    assert {f"{LAYER}.block_sparse_moe.experts", f"{LAYER}.mlp.experts"} < set(result.skip_modules)
 
 
 def test_what_is_kept_by_default_can_be_packed(llama: Path, tmp_path: Path) -> None:

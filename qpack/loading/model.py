@@ -1,6 +1,5 @@
 """One call from a packed directory to a transformers model that computes, takes LoRA and trains."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qpack.errors import CheckpointError
 from qpack.loading.base import require_packed
+from qpack.loading.experts import has_experts
 from qpack.loading.in_place import keep_weights_in_place
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+from qpack.loading.quantizer import PackedConfig
 
 _NAMES_SHOWN = 3
 """How many tensors an error names: a model with experts has ten thousands."""
@@ -41,15 +40,14 @@ def load(
         TrainingError: this bitsandbytes cannot be kept from changing the weights on a CPU.
     """
     directory = Path(directory)
-    checkpoint = require_packed(directory)
+    require_packed(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         declared = config.quantization_config
         if dtype is not None:
             declared["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
             kwargs["dtype"] = dtype
-        if any(_EXPERT.search(name) for name in checkpoint.packed):
-            config.quantization_config = _with_experts(declared)
+        config.quantization_config = PackedConfig.declared_by(declared)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -71,13 +69,8 @@ def load(
             shown = ", ".join(names[:_NAMES_SHOWN])
             raise CheckpointError(f"{directory}: {kind.replace('_', ' ')}: {shown}{rest}")
     keep_weights_in_place(model)
+    if has_experts(model):
+        from qpack.loading.adapters import teach_peft
+
+        teach_peft()
     return model
-
-
-def _with_experts(declared: dict[str, Any]) -> dict[str, Any]:
-    """Lead transformers to qpack's own quantizer, and PEFT to what that makes of the experts."""
-    from qpack.loading.adapters import teach_peft
-    from qpack.loading.quantizer import PackedExpertsConfig
-
-    teach_peft()
-    return PackedExpertsConfig.declared_by(declared)

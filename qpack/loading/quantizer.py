@@ -1,31 +1,40 @@
-"""How transformers is told to load packed experts: a quantizer of its own kind, by its own register.
+"""How transformers is told to load what qpack packs: a quantizer of its own kind, by its own register.
 
-It is transformers' bitsandbytes quantizer with two steps before it. On the meta device, fused experts become Linear
-layers, which bitsandbytes' own step then turns into ``Linear4bit``; and the conversions that would merge the experts of
-the checkpoint into a 3-D parameter are dropped. All weights are read by stock code, and never exist in 16 bits.
+It is transformers' bitsandbytes quantizer with two steps before it. On the meta device, fused experts and Linear layers
+of a class of the model's own (Falcon) become ``nn.Linear``, which bitsandbytes' own step then turns into
+``Linear4bit``; and the conversions that would merge the experts of the checkpoint into a 3-D parameter are dropped. All
+weights are read by stock code, and never exist in 16 bits. A model that has neither is loaded as stock loads it.
 Reference: transformers 5.19, ``quantizers/base.py`` (which does the same for Llama 4) and ``quantizer_bnb_4bit.py``.
 """
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightTransform, build_glob_alternation
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from qpack._core import read_header
 from qpack.errors import CheckpointError
 from qpack.loading.experts import Projections, unfuse_experts
 from qpack.loading.names import Names
+from qpack.roles import PLAIN_SUBCLASSES
 
-METHOD = "qpack_experts"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+METHOD = "qpack"
 """The ``quant_method`` that leads transformers here. It stands in a config only while a model is being loaded."""
 
 
 @register_quantization_config(METHOD)
-class PackedExpertsConfig(BitsAndBytesConfig):
+class PackedConfig(BitsAndBytesConfig):
     """`BitsAndBytesConfig` under the name :data:`METHOD`."""
 
     def __init__(self, **settings: Any) -> None:
@@ -41,23 +50,24 @@ class PackedExpertsConfig(BitsAndBytesConfig):
 
 
 @register_quantizer(METHOD)
-class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
-    """`Bnb4BitHfQuantizer` for a model with packed experts. The model that it loads declares plain bitsandbytes."""
+class PackedQuantizer(Bnb4BitHfQuantizer):
+    """`Bnb4BitHfQuantizer` for all that qpack packs. The model that it loads declares plain bitsandbytes."""
 
-    def __init__(self, quantization_config: PackedExpertsConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         """Go on under bitsandbytes' own config, which is what PEFT and accelerate look for."""
         settings = quantization_config.to_dict()
         del settings["quant_method"]
         super().__init__(BitsAndBytesConfig(**settings), **kwargs)  # type: ignore[no-untyped-call]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedExpertsQuantizer":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedQuantizer":
         """Stay one: transformers copies a conversion, and with it its quantizer, for each of the tensors it loads."""
         return self
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        if not unfuse_experts(model, _projections(model)):
+        if not unfuse_experts(model, _projections(model)) and _holds_experts(kwargs["checkpoint_files"]):
             kind = type(model).__name__
             raise CheckpointError(f"{kind}: holds no experts in the form that can be loaded packed")
+        _make_linears_plain(model)
         # The checkpoint names what it keeps in its own words, and stock looks for those in the model.
         skipped = self.quantization_config.llm_int8_skip_modules or []
         self.quantization_config.llm_int8_skip_modules = [*map(Names(model).in_model, skipped)]
@@ -84,6 +94,19 @@ class PackedExpertsQuantizer(Bnb4BitHfQuantizer):
         kept = [conversion for conversion in weight_conversions if not _merges_experts(conversion)]
         conversions: list[WeightTransform] = super().update_weight_conversions(kept)  # type: ignore[no-untyped-call]
         return conversions
+
+
+def _holds_experts(files: Iterable[str]) -> bool:
+    """Whether a checkpoint stores experts one by one."""
+    return any(_EXPERT.search(info.name) for file in files for info in read_header(Path(file)))
+
+
+def _make_linears_plain(model: PreTrainedModel) -> None:
+    """Replace every Linear that is one by another name, on the meta device; stock takes the class itself only."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and type(module).__name__ in PLAIN_SUBCLASSES:
+            size, bias = (module.in_features, module.out_features), module.bias is not None
+            model.set_submodule(name, nn.Linear(*size, bias, device="meta", dtype=module.weight.dtype))
 
 
 def _floats(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
