@@ -314,10 +314,10 @@ def test_peft_is_as_before_for_other_models(checkpoints: dict[str, Path], tmp_pa
     reason="bitsandbytes repacks only on processors with AVX512-BF16",
 )
 def test_evaluation_does_not_change_training(checkpoints: dict[str, Path]) -> None:
-    expected = list(train(adapted(checkpoints["mixtral"])))
+    expected = list(train(adapted(checkpoints["mixtral"]), steps=3))
     model = adapted(checkpoints["mixtral"])
     logits(model)
-    assert list(train(model)) == expected
+    assert list(train(model, steps=3)) == expected
 
 
 def test_weights_stay_in_place(checkpoints: dict[str, Path]) -> None:
@@ -328,7 +328,7 @@ def test_weights_stay_in_place(checkpoints: dict[str, Path]) -> None:
 def test_qpack_train_adapts_experts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "What is the capital of France?", "completion": "Paris"}\n')
-    settings = TrainSettings(r=4, lora_dropout=0.0, lr=1e-2, max_steps=12, batch_size=1, optim="adamw_torch")
+    settings = TrainSettings(r=4, lora_dropout=0.0, lr=1e-2, max_steps=6, batch_size=1, optim="adamw_torch")
     report = qpack.train(checkpoints["mixtral"], data, tmp_path / "adapter", settings)
     assert report.final_loss < report.first_loss
     # Under the names of the checkpoint, so that merge and vLLM find them; PEFT finds them too.

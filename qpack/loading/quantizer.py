@@ -7,7 +7,6 @@ weights are read by stock code, and never exist in 16 bits. A model that has nei
 Reference: transformers 5.19, ``quantizers/base.py`` (which does the same for Llama 4) and ``quantizer_bnb_4bit.py``.
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -26,8 +25,7 @@ from qpack.errors import CheckpointError
 from qpack.loading.experts import Projections, unfuse_experts
 from qpack.loading.names import Names
 from qpack.roles import PLAIN_SUBCLASSES
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+from qpack.skipping import EXPERT
 
 METHOD = "qpack"
 """The ``quant_method`` that leads transformers here. It stands in a config only while a model is being loaded."""
@@ -98,7 +96,7 @@ class PackedQuantizer(Bnb4BitHfQuantizer):
 
 def _holds_experts(files: Iterable[str]) -> bool:
     """Whether a checkpoint stores experts one by one."""
-    return any(_EXPERT.search(info.name) for file in files for info in read_header(Path(file)))
+    return any(EXPERT.match(info.name) for file in files for info in read_header(Path(file)))
 
 
 def _make_linears_plain(model: PreTrainedModel) -> None:
