@@ -1,4 +1,4 @@
-"""What the README says is so: its commands run, its tree is the repository's, its table is what the demo prints."""
+"""What the README and docs/convert.md say is so: commands run, the tree is right, transcripts are what is printed."""
 
 import json
 import re
@@ -14,10 +14,23 @@ from qpack.demo import DemoReport
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONVERT = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+
+
+def all_blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of every fenced block, in order."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [block for found, block in all_blocks(README) if found == language]
+
+
+def run_commands(text: str, directory: Path) -> None:
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "qpack"
+        subprocess.run([sys.executable, "-m", "qpack", *arguments], cwd=directory, check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -39,10 +52,7 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
 
 def test_the_commands_run(workspace: Path) -> None:
     _, commands, _ = blocks("sh")
-    for line in commands.splitlines():
-        program, *arguments = shlex.split(line)
-        assert program == "qpack"
-        subprocess.run([sys.executable, "-m", "qpack", *arguments], cwd=workspace, check=True, capture_output=True)
+    run_commands(commands, workspace)
     assert (workspace / "merged" / "config.json").is_file()
 
 
@@ -96,3 +106,34 @@ def test_the_transcript_is_what_the_demo_prints() -> None:
     )
     for line in report.table().splitlines():
         assert re.split(r"\s{2,}", line.strip())[0] in labels
+
+
+def test_docs_convert_runs_from_top_to_bottom(workspace: Path) -> None:
+    (workspace / "tests").symlink_to(ROOT / "tests")
+    for language, block in all_blocks(CONVERT):
+        if language == "sh":
+            run_commands(block, workspace)
+        elif language == "toml":
+            (workspace / "rules.toml").write_text(block)
+        elif language == "python":
+            subprocess.run([sys.executable, "-c", block], cwd=workspace, check=True, capture_output=True)
+
+    # The plan of the 70B model, but for what is the machine's own.
+    (transcript,) = [block for language, block in all_blocks(CONVERT) if not language]
+    command, *expected = transcript.splitlines()
+    arguments = shlex.split(command.removeprefix("$ qpack "))
+    done = subprocess.run(
+        [sys.executable, "-m", "qpack", *arguments], cwd=workspace, check=True, capture_output=True, text=True
+    )
+    machine = ("time", "disk")
+    printed = done.stdout.splitlines()
+    assert len(printed) == len(expected)
+    assert [line for line in printed if not line.startswith(machine)] == [
+        line for line in expected if not line.startswith(machine)
+    ]
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
