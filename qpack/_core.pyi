@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias, final
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-from qpack.plan import Packing, Recipe
+from qpack.policy.plan import Packing, Recipe
 
 __all__ = [
     "BLOCKSIZES",

@@ -99,14 +99,14 @@ def convert(src: str, dst: Path, dry_run: bool, threads: int | None, force: bool
     SRC is a directory, a safetensors file or index, or the id of a model of the Hugging Face hub. Interrupted, the same
     command goes on where it was.
     """
-    from qpack import report
+    from qpack.reports import text
 
     if dry_run:
-        report.print_dry_run(dst, qpack.plan_conversion(src, dst, **options))
+        text.print_dry_run(dst, qpack.plan_conversion(src, dst, **options))
         return
     with terminal.progress("convert", "bytes", quiet=quiet) as on_progress:
         done = qpack.convert(src, dst, threads=threads, force=force, on_progress=on_progress, **options)
-    report.print_conversion(dst, done)
+    text.print_conversion(dst, done)
 
 
 def _setting(flag: str, type: type, help: str) -> Callable[[_Command], _Command]:
@@ -221,28 +221,28 @@ def verify(directory: Path, against: Path | None, threads: int | None, as_json: 
 @click.argument("directory", type=_DIRECTORY)
 @click.option("--tensor", metavar="NAME", help="Show one weight in detail.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--html", "page", metavar="FILE", type=click.Path(path_type=Path), help="Write a page to FILE instead.")
+@click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page to FILE instead.")
 @_force
 @_verbosity
-def inspect(directory: Path, tensor: str | None, as_json: bool, page: Path | None, force: bool, quiet: bool) -> None:
+def inspect(directory: Path, tensor: str | None, as_json: bool, html: Path | None, force: bool, quiet: bool) -> None:
     """Show what the packed or plain checkpoint in DIRECTORY holds."""
-    from qpack import report, report_html
     from qpack.inspection import examine
+    from qpack.reports import page, text
 
-    if page is not None and (tensor or as_json):
+    if html is not None and (tensor or as_json):
         raise click.UsageError("--html shows the whole checkpoint, so it goes with neither --tensor nor --json")
     if tensor is not None:
         found = examine(directory, tensor)
-        click.echo(json.dumps(found.as_json(), indent=2)) if as_json else report.print_examination(found)
+        click.echo(json.dumps(found.as_json(), indent=2)) if as_json else text.print_examination(found)
         return
     inspection = qpack.inspect(directory)
-    if page is not None:
-        report_html.write(inspection, page, force=force)
-        click.echo(f"{page}: {len(inspection.tensors)} tensors of {directory}")
+    if html is not None:
+        page.write(inspection, html, force=force)
+        click.echo(f"{html}: {len(inspection.tensors)} tensors of {directory}")
     elif as_json:
         click.echo(json.dumps(inspection.as_json(), indent=2))
     else:
-        report.print_inspection(inspection, quiet=quiet)
+        text.print_inspection(inspection, quiet=quiet)
 
 
 @cli.command()

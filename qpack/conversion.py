@@ -1,9 +1,9 @@
 """Packing a checkpoint: a Hugging Face model in, a bitsandbytes NF4 model directory out.
 
 The result loads in stock transformers, PEFT and vLLM. Where the source comes from is `qpack.sources`' matter, which
-weights are packed and how `qpack.modules`', and Rust does the arithmetic and the streaming, with a few chunks a thread
-in memory whatever the size of the model. Everything that can be checked without the weights' data is checked before
-the first byte is written; a run that is interrupted goes on with the same command.
+weights are packed and how `qpack.policy`'s, and Rust does the arithmetic and the streaming, with a few chunks a thread in
+memory whatever the size of the model. Everything that can be checked without the weights' data is checked before the
+first byte is written; a run that is interrupted goes on with the same command.
 """
 
 import json
@@ -15,15 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qpack import _core, budget, modules
+from qpack import _core
 from qpack.checkpoint import CONFIG_NAME
 from qpack.companions import copy_companions, write_config
 from qpack.errors import CheckpointError, DataError
 from qpack.inspection import Inspection, inspect
 from qpack.manifest import Manifest, WeightError
 from qpack.output import free_bytes, refuse_full_disk, refuse_inputs, resumable_directory
-from qpack.plan import Packing
-from qpack.rules import Rules
+from qpack.policy import budget, modules
+from qpack.policy.plan import Packing
+from qpack.policy.rules import Rules
 from qpack.sizes import parse_size
 from qpack.sources import Source, open_source
 
@@ -55,7 +56,7 @@ class ConvertOptions:
     quant_storage: str = "uint8"
     """Element type that holds the codes; a float type for FSDP, which vLLM's plugin does not read."""
     rules: Path | str | None = None
-    """TOML file of rules for single tensors, see `qpack.rules`."""
+    """TOML file of rules for single tensors, see `qpack.policy.rules`."""
     target_bits: float | None = None
     """Bits a weight, on average over the packed weights, to spend where the error is largest; ``blocksize`` and
     ``double_quant`` then are not used. Reads the source twice."""

@@ -20,8 +20,8 @@ from qpack.companions import copy_companions, write_config
 from qpack.errors import AdapterError, CheckpointError
 from qpack.inspection import Inspection, inspect
 from qpack.manifest import MANIFEST_NAME, Manifest
-from qpack.modules import OUTPUT_EMBEDDING, transposed_weights
 from qpack.output import new_directory
+from qpack.policy.modules import OUTPUT_EMBEDDING, transposed_weights
 from qpack.sizes import parse_size
 
 logger = logging.getLogger(__name__)

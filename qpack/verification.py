@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpack import _core, families, modules
+from qpack import _core
 from qpack._core import SUFFIXES, TensorInfo
 from qpack.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_json_object
 from qpack.errors import CheckpointError
 from qpack.manifest import MANIFEST_NAME, Manifest, WeightError, describe
-from qpack.plan import Packing
+from qpack.policy import families, modules
+from qpack.policy.plan import Packing
 from qpack.sizes import format_size
 
 _ROUNDING = 2.0**-16

@@ -2,7 +2,7 @@
 
 import torch
 
-from qpack.plan import Part
+from qpack.policy.plan import Part
 
 
 def select(source: torch.Tensor, part: Part) -> torch.Tensor:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qpack
-from qpack.budget import PACKINGS, Candidate, choose, stored_bits
-from qpack.plan import Packing
+from qpack.policy.budget import PACKINGS, Candidate, choose, stored_bits
+from qpack.policy.plan import Packing
 
 
 def gaussian(weights: int, scale: float) -> list[Candidate]:

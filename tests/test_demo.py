@@ -13,8 +13,8 @@ from qpack.demo import DemoReport
 from qpack.demo.model import write_model
 from qpack.demo.skills import SKILLS, orders, write_examples
 from qpack.errors import CheckpointError
-from qpack.modules import plan
-from qpack.plan import Packing
+from qpack.policy.modules import plan
+from qpack.policy.plan import Packing
 
 
 def report(**changes: Any) -> DemoReport:

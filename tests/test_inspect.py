@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from test_cli import run
 
 import qpack
-from qpack import _core, report_html
+from qpack import _core
 from qpack.errors import CheckpointError, OutputExistsError
 from qpack.inspection import TensorReport, examine
+from qpack.reports import page
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -262,15 +263,15 @@ def test_the_page_is_one_file_that_needs_nothing(packed: Path, tmp_path: Path) -
 def test_names_are_escaped(packed: Path, tmp_path: Path) -> None:
     directory = tmp_path / "<b>&bold"
     shutil.copytree(packed, directory)
-    text = report_html.page(qpack.inspect(directory))
+    text = page.page(qpack.inspect(directory))
     _Strict(text)
     assert "<b>&bold" not in text
     assert "&lt;b&gt;&amp;bold" in text
 
 
 def test_a_page_without_errors_says_so(llama: Path) -> None:
-    page = _Strict(report_html.page(qpack.inspect(llama)))
-    assert any("there is no qpack.json with errors" in text for text in page.text)
+    shown = _Strict(page.page(qpack.inspect(llama)))
+    assert any("there is no qpack.json with errors" in text for text in shown.text)
 
 
 def test_a_page_replaces_nothing_unasked(packed: Path, tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_a_page_replaces_nothing_unasked(packed: Path, tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OutputExistsError, match="is a directory, expected the name of a file"):
-        report_html.write(qpack.inspect(packed), tmp_path, force=True)
+        page.write(qpack.inspect(packed), tmp_path, force=True)
     missing = tmp_path / "missing" / "page.html"
     assert run("inspect", packed, "--html", missing, status=1).stderr.startswith(f"error: {tmp_path / 'missing'}")
     assert "Usage: " in run("inspect", packed, "--html", path, "--json", status=2).stderr
@@ -297,7 +298,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def test_a_browser_shows_the_page(packed: Path, tmp_path: Path, width: int) -> None:
     assert CHROMIUM is not None
     path = tmp_path / "page.html"
-    report_html.write(qpack.inspect(packed), path, force=False)
+    page.write(qpack.inspect(packed), path, force=False)
     # Writes what it measures into its title, which --dump-dom prints.
     measured = path.read_text(encoding="utf-8").replace(
         "</body>",

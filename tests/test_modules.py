@@ -26,13 +26,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.quantizers.base import get_keys_to_not_convert
 
 import qpack
-from qpack import families, structure
 from qpack.checkpoint import Checkpoint
-from qpack.encoded import read_sources
 from qpack.errors import CheckpointError
 from qpack.manifest import Manifest
-from qpack.modules import Plan, groups, plan
-from qpack.plan import Packing, Part
+from qpack.policy import families, structure
+from qpack.policy.encoded import read_sources
+from qpack.policy.modules import Plan, groups, plan
+from qpack.policy.plan import Packing, Part
 
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}

@@ -8,10 +8,10 @@ from skeleton import SIZES, meta_model, skeleton, stored_shapes, write_skeleton
 
 from qpack.checkpoint import Checkpoint
 from qpack.errors import DataError
-from qpack.modules import Plan, plan
-from qpack.plan import Packing, Part
-from qpack.rules import Rules
-from qpack.skipping import skips
+from qpack.policy.modules import Plan, plan
+from qpack.policy.plan import Packing, Part
+from qpack.policy.rules import Rules
+from qpack.policy.skipping import skips
 
 MIXTRAL = SIZES | {"num_local_experts": 4}
 LAYER = "model.layers.0"

@@ -24,8 +24,8 @@ from qpack._core import read_header
 from qpack.errors import CheckpointError
 from qpack.loading.experts import Projections, unfuse_experts
 from qpack.loading.names import Names
-from qpack.roles import PLAIN_SUBCLASSES
-from qpack.skipping import EXPERT
+from qpack.policy.roles import PLAIN_SUBCLASSES
+from qpack.policy.skipping import EXPERT
 
 METHOD = "qpack"
 """The ``quant_method`` that leads transformers here. It stands in a config only while a model is being loaded."""

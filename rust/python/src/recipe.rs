@@ -1,4 +1,4 @@
-//! The plan of `qpack/plan.py`, from Python's dataclasses to those of the core.
+//! The plan of `qpack/policy/plan.py`, from Python's dataclasses to those of the core.
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -7,7 +7,7 @@ use qpack_core::{Dtype, Float};
 
 use crate::kernels::{check_blocksize, float};
 
-/// `qpack.plan.Recipe`
+/// `qpack.policy.plan.Recipe`
 #[derive(FromPyObject)]
 pub struct Recipe {
     source: String,
@@ -16,7 +16,7 @@ pub struct Recipe {
     parts: Vec<Part>,
 }
 
-/// `qpack.plan.Part`
+/// `qpack.policy.plan.Part`
 #[derive(FromPyObject)]
 struct Part {
     name: String,
@@ -28,7 +28,7 @@ struct Part {
     transpose: bool,
 }
 
-/// `qpack.plan.Packing`
+/// `qpack.policy.plan.Packing`
 #[derive(FromPyObject)]
 pub struct Packing {
     blocksize: usize,

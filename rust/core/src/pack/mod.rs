@@ -51,7 +51,7 @@ pub enum Mode {
     Best,
 }
 
-/// One output of a recipe, see `qpack/plan.py`.
+/// One output of a recipe, see `qpack/policy/plan.py`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
     /// Name of the tensor.

@@ -17,9 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpack.errors import CheckpointError
+from qpack.policy.roles import (
+    OUTPUT,
+    PLAIN_SUBCLASSES,
+    PROJECTOR,
+    ROUTER,
+    Anatomy,
+    Experts,
+    Kept,
+    Linear,
+    Role,
+    router_block,
+)
+from qpack.policy.skipping import skips
 from qpack.quiet import quiet_libraries
-from qpack.roles import OUTPUT, PLAIN_SUBCLASSES, PROJECTOR, ROUTER, Anatomy, Experts, Kept, Linear, Role, router_block
-from qpack.skipping import skips
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 from qpack.inspection import Inspection, TensorReport
-from qpack.report import percent
+from qpack.reports.text import percent
 
 _WIDTH, _HEIGHT = 960, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 16, 48

@@ -3,7 +3,7 @@
 In a dense decoder every two-dimensional weight of a layer belongs to a Linear, save norms with one row a head; GPT-2
 and Falcon name theirs otherwise; a mixture of experts adds routers and, one tensor an expert, the experts. Whatever is
 not as expected (all experts of a layer in one tensor, a mixture's config without the number of layers) is left to
-`qpack.structure`; a test compares the two.
+`structure`; a test compares the two.
 """
 
 import re
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from qpack.roles import OUTPUT, ROUTER, Anatomy, Experts, Kept, Linear, Role
+from qpack.policy.roles import OUTPUT, ROUTER, Anatomy, Experts, Kept, Linear, Role
 
 _DENSE = frozenset(
     {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from qpack._core import BLOCKSIZES
-from qpack.plan import Packing
+from qpack.policy.plan import Packing
 
 # Beside the codes of a packed weight: quant_map, nested_quant_map, and the JSON text of the state, which is shorter.
 _MAP_BYTES, _NESTED_MAP_BYTES, _STATE_BYTES = 16 * 4, 256 * 4, 256

@@ -1,6 +1,6 @@
 """What a tensor of a checkpoint is to the model: the words that the ways to find out have in common.
 
-`qpack.families` tells it from names, `qpack.structure` from the model that transformers builds; `qpack.modules` turns
+`families` tells it from names, `structure` from the model that transformers builds; `modules` turns
 it into a plan. A tensor without a role is kept, and `why_kept` says what it is.
 """
 

@@ -2,7 +2,7 @@
 
 Packed are the weights of every Linear of a language model, routed experts included (one weight an expert, also where
 the source holds all experts of a layer in one tensor), except the output embedding, routers, and other towers than the
-text's. `qpack.families` knows the well-known models by names, `qpack.structure` asks transformers for all others.
+text's. `families` knows the well-known models by names, `structure` asks transformers for all others.
 
 Weights that an engine fuses (q, k and v; gate and up; the experts of a layer) are packed or kept together: vLLM would
 quantize the rest of a half-packed module while loading. Its plugin also wants all experts of a layer packed alike.
@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qpack import families, structure
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
-from qpack.encoded import FLOATS, Source, read_sources
 from qpack.errors import CheckpointError
-from qpack.families import OUTPUT_EMBEDDING as OUTPUT_EMBEDDING
-from qpack.plan import Packing, Part, Recipe
-from qpack.roles import OUTPUT, ROUTER, TOWERS, Anatomy, Experts, Kept, Linear, Role, is_transposed, why_kept
-from qpack.rules import DTYPES, Rules
-from qpack.skipping import EXPERT, fused_module, skip_modules, towers
+from qpack.policy import families, structure
+from qpack.policy.encoded import FLOATS, Source, read_sources
+from qpack.policy.families import OUTPUT_EMBEDDING as OUTPUT_EMBEDDING
+from qpack.policy.plan import Packing, Part, Recipe
+from qpack.policy.roles import OUTPUT, ROUTER, TOWERS, Anatomy, Experts, Kept, Linear, Role, is_transposed, why_kept
+from qpack.policy.rules import DTYPES, Rules
+from qpack.policy.skipping import EXPERT, fused_module, skip_modules, towers
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def plan(
     be; rules go before it.
 
     Raises:
-        CheckpointError: for a model that is quantized already otherwise than `qpack.encoded` reads, that transformers
+        CheckpointError: for a model that is quantized already otherwise than `encoded` reads, that transformers
             does not know, that lacks weights, or whose output embedding is tied and to be packed.
         DataError: naming the rule that does nothing, cannot be followed, or would split a fused module.
         ValueError: if ``chosen`` keeps routed experts.

@@ -1,7 +1,7 @@
 """An inspection as one HTML page: no scripts, nothing from elsewhere, readable by screen readers, light and dark.
 
-The page holds what `qpack.report` prints, and the error of each kind of module over the layers as a drawing, with the
-same numbers in a table below it.
+The page holds what `qpack.reports.text` prints, and the error of each kind of module over the layers as a drawing, with
+the same numbers in a table below it.
 """
 
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from qpack.errors import OutputExistsError
 from qpack.inspection import Inspection
-from qpack.report import HEADINGS, NUMERIC, percent, row, summary, total
-from qpack.report_html.chart import Chart, chart
+from qpack.reports.page.chart import Chart, chart
+from qpack.reports.text import HEADINGS, NUMERIC, percent, row, summary, total
 from qpack.sizes import format_size
 
 _STYLE = Path(__file__).with_name("style.css")

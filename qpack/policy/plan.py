@@ -1,6 +1,6 @@
 """What is to be written, as plain data: which tensors come out of which source tensor, and how each is stored.
 
-A plan is a list of recipes in the order of the source's files. `qpack.modules` makes it from a model's structure; Rust
+A plan is a list of recipes in the order of the source's files. `modules` makes it from a model's structure; Rust
 carries it out (`qpack._core.pack`) without knowing about models.
 """
 

@@ -1,0 +1,1 @@
+"""What people read about a checkpoint: `text` for the terminal, `page` for a browser."""
