@@ -1,7 +1,7 @@
 """Packing a checkpoint: a Hugging Face model in, a bitsandbytes NF4 model directory out.
 
 The result loads in stock transformers, PEFT and vLLM. Where the source comes from is `qpack.sources`' matter, which
-weights are packed and how `qpack.policy`'s, and Rust does the arithmetic and the streaming, with a few chunks a thread in
+weights are packed and how `qpack.policy`'s. Rust does the arithmetic and the streaming, with a few chunks a thread in
 memory whatever the size of the model. Everything that can be checked without the weights' data is checked before the
 first byte is written; a run that is interrupted goes on with the same command.
 """

@@ -14,6 +14,10 @@ class CheckpointError(QpackError):
     """A model directory, index or safetensors file that is missing, malformed, unsafe or not of the kind asked for."""
 
 
+class HubError(CheckpointError):
+    """A model hub that cannot be reached, or refuses; the same call may succeed later."""
+
+
 class AdapterError(QpackError):
     """A LoRA adapter that is malformed, of a kind that cannot be used here, or of another base."""
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qpack import _core
-from qpack.errors import DiskFullError, OutputExistsError, QpackError
+from qpack.errors import DiskFullError, HubError, OutputExistsError, QpackError
 from qpack.sizes import format_size
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Work:
         """Keep what an interrupted run of the same ``inputs`` has written, and clear everything else.
 
         ``inputs`` is a text that changes with anything that the output depends on. From here on, work that ends by
-        anything but a `QpackError` (bad input) leaves what the next run can go on with.
+        anything but bad input leaves what the next run can go on with.
         """
         path = self.directory / _INPUTS_NAME
         if not path.is_file() or path.read_text(encoding="utf-8") != inputs:
@@ -105,7 +105,8 @@ class Work:
     def leave(self, error: BaseException) -> None:
         """Clear up after ``error``, as far as a next run cannot go on."""
         begun = self._resumable or (self.directory / _INPUTS_NAME).exists()
-        if isinstance(error, QpackError) or not begun:
+        bad_input = isinstance(error, QpackError) and not isinstance(error, DiskFullError | HubError)
+        if bad_input or not begun:
             shutil.rmtree(self.directory, ignore_errors=True)
         else:
             logger.info("%s: what is finished is kept; the same command goes on from there", _final(self.directory))

@@ -181,6 +181,9 @@ def test_a_disk_that_fills_up_meanwhile_is_gone_on_with(source: Path, small_disk
     assert process.returncode == 1
     assert "No space left on device" in errors
     assert not output.exists()
+    with pytest.raises(DiskFullError, match="needs"):  # and it still is: what was finished stays
+        qpack.convert(half, output, max_shard_size="2MB")
+    assert journal.exists()
     ballast.unlink()
     report = qpack.convert(half, output, max_shard_size="2MB")
     assert report.result.bytes > 13_000_000

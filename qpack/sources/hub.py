@@ -31,7 +31,7 @@ from qpack.checkpoint import (
     SINGLE_NAME,
     read_index,
 )
-from qpack.errors import CheckpointError
+from qpack.errors import CheckpointError, HubError
 
 # What goes along with the weights: configuration, tokenizer, chat template, custom code, licence and model card.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*")
@@ -206,4 +206,4 @@ def one_line(name: str, revision: str | None) -> Iterator[None]:
         reason = f"{constants.ENDPOINT}: {lines[0] if lines else type(error).__name__}"
     else:
         return
-    raise CheckpointError(f"{name}: {reason}")
+    raise HubError(f"{name}: {reason}")
