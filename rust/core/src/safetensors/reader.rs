@@ -4,6 +4,7 @@ use std::fs;
 use std::num::NonZero;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Advice, fadvise};
@@ -11,8 +12,11 @@ use rustix::fs::{Advice, fadvise};
 use super::header::{self, TensorInfo};
 use crate::{Error, Result};
 
-/// How far the system reads ahead of what is asked for.
-const READ_AHEAD: NonZero<u64> = NonZero::new(16 << 20).unwrap();
+/// How far the system reads ahead of what is asked for: the disk goes on while nothing is asked for.
+const READ_AHEAD: u64 = 64 << 20;
+
+/// How much more is asked for at a time.
+const READ_AHEAD_STEP: u64 = 4 << 20;
 
 /// An open safetensors file.
 #[derive(Debug)]
@@ -23,6 +27,8 @@ pub struct File {
     /// Length in eight bytes and JSON, by which a file that is opened again is known.
     header: Vec<u8>,
     len: u64,
+    /// Up to where the system has been asked to read ahead.
+    advised: AtomicU64,
     tensors: Vec<TensorInfo>,
 }
 
@@ -45,7 +51,14 @@ impl File {
         let data_len = len - header.len() as u64;
         let tensors = header::parse(&header[8..], data_len).map_err(|reason| Error::malformed(path, reason))?;
         let handle = Handle { path: path.to_owned(), file };
-        Ok(Self { path: path.to_owned(), handle: Mutex::new(Some(Arc::new(handle))), header, len, tensors })
+        Ok(Self {
+            path: path.to_owned(),
+            handle: Mutex::new(Some(Arc::new(handle))),
+            header,
+            len,
+            advised: AtomicU64::new(0),
+            tensors,
+        })
     }
 
     /// Where the file is.
@@ -80,12 +93,15 @@ impl File {
         self.lock().as_ref().is_some_and(|handle| handle.path != self.path)
     }
 
-    /// Ask the system to read what stands behind the first `offset` bytes of `tensor` before it is needed.
+    /// Ask the system to read what stands behind the first `offset` bytes of `tensor` before it is needed. For one who
+    /// reads the file front to back.
     pub fn read_ahead(&self, tensor: &TensorInfo, offset: u64) {
-        let position = self.position(tensor, offset);
-        if let Ok(handle) = self.handle() {
+        let wanted = self.position(tensor, offset) + READ_AHEAD;
+        let advised = self.advised.load(Ordering::Relaxed).max(wanted - READ_AHEAD);
+        if let (Some(len @ READ_AHEAD_STEP..), Ok(handle)) = (wanted.checked_sub(advised), self.handle()) {
+            self.advised.store(wanted, Ordering::Relaxed);
             // Only advice: where it is not taken, reading is as it was.
-            let _ = fadvise(&handle.file, position, Some(READ_AHEAD), Advice::WillNeed);
+            let _ = fadvise(&handle.file, advised, NonZero::new(len), Advice::WillNeed);
         }
     }
 

@@ -1,7 +1,8 @@
 //! Chunks on their way from the reader to the workers.
 //!
-//! The reader waits for a free buffer, of which there are few: that bounds the memory. Chunks to be seen again come
-//! before fresh ones: their bytes were read lately, so they are still in the page cache, and their buffers' owner waits.
+//! The reader waits for a free buffer, of which there are few: that bounds the memory. Fresh chunks come first, so that
+//! the disk is never waited for in vain; but once [`MANY_AGAIN`] chunks wait to be seen again, while their bytes are
+//! still in the page cache, those do.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,6 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use crate::{Error, Result};
+
+/// Chunks that wait to be seen again before fresh ones have to.
+const MANY_AGAIN: usize = 256;
 
 /// One chunk of one run.
 pub(super) struct Task<R> {
@@ -82,8 +86,9 @@ impl<R> Queue<R> {
             if state.failure.is_some() {
                 return None;
             }
-            let task = state.again.pop_front();
-            if let Some(task) = task.or_else(|| state.fresh.pop_front()) {
+            let State { fresh, again, .. } = &mut *state;
+            let task = if again.len() < MANY_AGAIN { fresh.pop_front() } else { None };
+            if let Some(task) = task.or_else(|| again.pop_front()).or_else(|| fresh.pop_front()) {
                 state.running += 1;
                 return Some(task);
             }
