@@ -99,6 +99,13 @@ impl Run for PackRun<'_> {
         cut(self.pack, &self.decoder, chunk, bytes, |part, first, floats| self.put(part, first, floats, sink))
     }
 
+    fn comes_again(&self, chunk: usize) -> bool {
+        match &self.pack.chunks[chunk].work {
+            Work::Run { part, .. } => matches!(&self.made[*part], Made::Packed(weight) if weight.comes_again()),
+            Work::Matrix { .. } => false,
+        }
+    }
+
     fn errors(&self) -> BTreeMap<String, WeightError> {
         let errors = self.made.iter().filter_map(|made| match made {
             Made::Packed(weight) => Some((weight.name().to_owned(), weight.error())),

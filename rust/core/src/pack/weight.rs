@@ -93,6 +93,12 @@ impl<'p> Weight<'p> {
         self.lock().error.expect("all chunks have been seen")
     }
 
+    /// Whether a chunk that has been seen once is going to be seen again.
+    pub(super) fn comes_again(&self) -> bool {
+        let searched = !matches!(self.lock().pass, Pass::Exact);
+        searched && self.state.nested_offset.is_some() && self.chunks.len() > 1
+    }
+
     /// Pack the elements from number `first` on, which are a chunk. Returns the chunks that have to come once more, none
     /// if this is the only one.
     pub(super) fn put(

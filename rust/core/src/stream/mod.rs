@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use std::{fs, thread};
 
@@ -38,6 +38,9 @@ use crate::{Error, Job, Result};
 
 /// Elements that a worker computes with at a time; a multiple of every blocksize.
 pub const CHUNK: usize = 1 << 19;
+
+/// Bytes of chunks that are kept in memory until they are seen again; those beyond are read again.
+const KEPT_BYTES: usize = 128 << 20;
 
 /// How often what has been written is flushed to disk while the work goes on.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(500);
@@ -75,6 +78,11 @@ pub trait Run: Send + Sync {
     /// # Errors
     /// Whatever computing or writing runs into.
     fn chunk(&self, chunk: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Range<usize>>;
+
+    /// Whether chunk number `chunk`, which has just been seen for the first time, is going to be seen again.
+    fn comes_again(&self, _chunk: usize) -> bool {
+        false
+    }
 
     /// How far the outputs are from the source, by name, where that is known. Asked for after the last chunk.
     fn errors(&self) -> BTreeMap<String, WeightError> {
@@ -266,7 +274,9 @@ impl<'a> Plan<'a> {
         for file in self.recipes.iter().flat_map(Planned::files) {
             *files.entry(file.path()).or_default().get_mut() += 1;
         }
-        let work = Work { plan: self, dir, journal, queue: Queue::new(2 * threads + 2), supply, files, job };
+        let (queue, spares) = (Queue::new(2 * threads + 2), Spares::default());
+        let work =
+            Work { plan: self, dir, journal, queue, spares, kept_bytes: AtomicUsize::new(0), supply, files, job };
         thread::scope(|scope| {
             let flusher = scope.spawn(|| work.flush());
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work.compute())).collect();
@@ -357,6 +367,9 @@ struct Work<'w> {
     dir: Option<&'w Path>,
     journal: Journal,
     queue: Queue<Arc<Running<'w>>>,
+    spares: Spares,
+    /// Bytes of all chunks that are kept.
+    kept_bytes: AtomicUsize,
     supply: &'w dyn Supply,
     /// How many recipes still need a source file.
     files: HashMap<&'w Path, AtomicUsize>,
@@ -370,17 +383,29 @@ struct Running<'w> {
     chunks: Vec<Range<u64>>,
     /// Chunks that have not come back yet.
     left: AtomicUsize,
+    /// Bytes of chunks that come again, by their number.
+    kept: Mutex<HashMap<usize, Vec<u8>>>,
     /// Digests of the source and of what was read beside it; set before the last chunk is handed out.
     sources: OnceLock<Vec<String>>,
 }
 
-impl Running<'_> {
-    /// The bytes of a chunk that is handed in once more.
-    fn read_again(&self, chunk: usize, bytes: &mut Vec<u8>) -> Result<()> {
-        let range = &self.chunks[chunk];
-        bytes.resize((range.end - range.start) as usize, 0);
-        self.planned.recipe.source().read_at(range.start, bytes)
+/// Buffers that nobody needs at the moment.
+#[derive(Default)]
+struct Spares(Mutex<Vec<Vec<u8>>>);
+
+impl Spares {
+    /// A buffer with anything in it.
+    fn take(&self) -> Vec<u8> {
+        lock(&self.0).pop().unwrap_or_default()
     }
+
+    fn put(&self, buffer: Vec<u8>) {
+        lock(&self.0).push(buffer);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<'w> Work<'w> {
@@ -412,7 +437,8 @@ impl<'w> Work<'w> {
         let chunks = planned.recipe.chunks();
         let (left, last) = (AtomicUsize::new(chunks.len()), chunks.len().saturating_sub(1));
         let run = planned.recipe.start()?;
-        let running = Arc::new(Running { planned, run, chunks, left, sources: OnceLock::new() });
+        let running =
+            Arc::new(Running { planned, run, chunks, left, kept: Mutex::default(), sources: OnceLock::new() });
         let mut hasher = digest::Hasher::default();
         let mut seen = 0;
         for (index, range) in running.chunks.iter().enumerate() {
@@ -441,31 +467,56 @@ impl<'w> Work<'w> {
     /// A worker: compute chunks until there are no more.
     fn compute(&self) {
         let _guard = self.queue.stop_on_panic();
-        let mut again = Vec::new();
         while let Some(Task { run, chunk, bytes }) = self.queue.next() {
-            let result = match &bytes {
-                Some(bytes) => self.compute_chunk(&run, chunk, bytes, true),
-                None => run.read_again(chunk, &mut again).and_then(|()| self.compute_chunk(&run, chunk, &again, false)),
-            };
-            self.queue.done(bytes, result);
+            let fresh = bytes.is_some();
+            let bytes = bytes.map_or_else(|| self.bytes_again(&run, chunk), Ok);
+            let result = bytes.and_then(|bytes| self.compute_chunk(&run, chunk, bytes, fresh));
+            self.queue.done(fresh.then(|| self.spares.take()), result);
         }
     }
 
-    fn compute_chunk(&self, running: &Arc<Running<'w>>, chunk: usize, bytes: &[u8], first: bool) -> Result<()> {
+    /// The bytes of a chunk that has been seen before.
+    fn bytes_again(&self, running: &Running<'w>, chunk: usize) -> Result<Vec<u8>> {
+        if let Some(bytes) = lock(&running.kept).remove(&chunk) {
+            self.kept_bytes.fetch_sub(bytes.len(), Ordering::Relaxed);
+            return Ok(bytes);
+        }
+        let range = &running.chunks[chunk];
+        let mut bytes = self.spares.take();
+        bytes.resize((range.end - range.start) as usize, 0);
+        running.planned.recipe.source().read_at(range.start, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn compute_chunk(&self, running: &Arc<Running<'w>>, chunk: usize, bytes: Vec<u8>, fresh: bool) -> Result<()> {
         let again = match self.output(running.planned)? {
-            Some((writer, first)) => running.run.chunk(chunk, bytes, &Sink::new(&writer, first))?,
-            None => running.run.chunk(chunk, bytes, &Sink::nowhere())?,
+            Some((writer, first)) => running.run.chunk(chunk, &bytes, &Sink::new(&writer, first))?,
+            None => running.run.chunk(chunk, &bytes, &Sink::nowhere())?,
         };
+        if fresh && running.run.comes_again(chunk) && self.may_keep(bytes.len()) {
+            lock(&running.kept).insert(chunk, bytes);
+        } else {
+            self.spares.put(bytes);
+        }
         running.left.fetch_add(again.len(), Ordering::Relaxed);
         for chunk in again {
             self.queue.push_again(Task { run: running.clone(), chunk, bytes: None });
         }
         let read_before = if chunk == 0 { 0 } else { running.chunks[chunk - 1].end };
-        self.job.advance(if first { running.chunks[chunk].end - read_before } else { 0 })?;
+        self.job.advance(if fresh { running.chunks[chunk].end - read_before } else { 0 })?;
         if running.left.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.finish(running)?;
         }
         Ok(())
+    }
+
+    /// Whether there is room to keep `bytes` more bytes in memory, which are then counted.
+    fn may_keep(&self, bytes: usize) -> bool {
+        let kept = self.kept_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if kept > KEPT_BYTES {
+            self.kept_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        kept <= KEPT_BYTES
     }
 
     /// Enter a recipe whose outputs are written in the journal.
