@@ -127,7 +127,9 @@ impl<'p> Weight<'p> {
         let first_block = (first / blocksize as u64) as usize;
         let elements = bytes.len() / dtype.size();
         let mut codes = vec![0; elements.div_ceil(2)];
-        let mut found = Blocks::new(elements.div_ceil(blocksize));
+        let count = elements.div_ceil(blocksize);
+        let scales_alone = || Blocks { scales: vec![0.0; count], ..Blocks::default() };
+        let mut found = Blocks { moments: vec![Moments::default(); count], ..scales_alone() };
         let mut exact = Blocks::default();
         let offender = |index: usize| non_finite(first + index as u64);
         let values = Values::Stored(bytes, dtype);
@@ -139,17 +141,18 @@ impl<'p> Weight<'p> {
         let packed = match &pass {
             Pass::Exact => true,
             Pass::Search => {
-                exact = found;
-                found = Blocks::new(exact.scales.len());
+                exact = std::mem::replace(&mut found, scales_alone());
                 search::scales(values, None, blocksize, &CANDIDATES, &mut found.scales).map_err(offender)?;
                 let packed = self.state.nested_offset.is_none();
                 if packed {
+                    found.moments.resize(count, Moments::default());
                     search::codes(values, &found.scales, blocksize, &mut codes);
                     nf4::moments(bytes, dtype, &codes, blocksize, &mut found.moments);
                 }
                 packed
             }
             Pass::Snap(map) => {
+                found.nested.resize(count, 0);
                 let free = &self.lock().blocks.scales[first_block..][..found.scales.len()];
                 found.scales.copy_from_slice(free);
                 let Blocks { scales, nested, moments } = &mut found;
@@ -227,19 +230,19 @@ impl<'p> Weight<'p> {
 }
 
 impl Blocks {
-    fn new(count: usize) -> Self {
-        Self { scales: vec![0.0; count], nested: vec![0; count], moments: vec![Moments::default(); count] }
-    }
-
     /// Put what is known of some blocks in its place among `total` ones.
     fn put(&mut self, first: usize, total: usize, found: &Self) {
-        let place = first..first + found.scales.len();
-        self.scales.resize(total, 0.0);
-        self.nested.resize(total, 0);
-        self.moments.resize(total, Moments::default());
-        self.scales[place.clone()].copy_from_slice(&found.scales);
-        self.nested[place.clone()].copy_from_slice(&found.nested);
-        self.moments[place].copy_from_slice(&found.moments);
+        put(&mut self.scales, first, total, &found.scales);
+        put(&mut self.nested, first, total, &found.nested);
+        put(&mut self.moments, first, total, &found.moments);
+    }
+}
+
+/// Put `found` in its place among `total` items, if there are any.
+fn put<T: Copy + Default>(all: &mut Vec<T>, first: usize, total: usize, found: &[T]) {
+    if !found.is_empty() {
+        all.resize(total, T::default());
+        all[first..first + found.len()].copy_from_slice(found);
     }
 }
 

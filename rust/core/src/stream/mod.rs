@@ -40,7 +40,7 @@ use crate::{Error, Job, Result};
 pub const CHUNK: usize = 1 << 19;
 
 /// Bytes of chunks that are kept in memory until they are seen again; those beyond are read again.
-const KEPT_BYTES: usize = 128 << 20;
+const KEPT_BYTES: usize = 64 << 20;
 
 /// How often what has been written is flushed to disk while the work goes on.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(500);
