@@ -18,7 +18,6 @@ from qpack.policy.plan import Packing, Recipe
 __all__ = [
     "BLOCKSIZES",
     "ISA",
-    "JOURNAL_NAME",
     "LEVELS",
     "SUFFIXES",
     "Comparison",
@@ -63,8 +62,6 @@ ISA: str
 BLOCKSIZES: tuple[int, ...]
 """Weights per block scale that bitsandbytes accepts."""
 
-JOURNAL_NAME: str
-"""The file beside unfinished output that says what is finished."""
 LEVELS: tuple[float, ...]
 """The 16 values that NF4 has for a weight over its block's scale, ascending."""
 

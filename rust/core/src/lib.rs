@@ -23,6 +23,7 @@ pub mod safetensors;
 pub mod search;
 pub mod statistics;
 pub mod stream;
+mod sync;
 pub mod verify;
 
 pub use dtype::{Dtype, Float};

@@ -17,7 +17,7 @@ mod _core {
     use pyo3::exceptions::PyValueError;
     use pyo3::prelude::*;
     use pyo3::types::PyTuple;
-    use qpack_core::{Isa, nf4, quant_state, stream};
+    use qpack_core::{Isa, nf4, quant_state};
 
     #[pymodule_export]
     use crate::kernels::{
@@ -42,7 +42,6 @@ mod _core {
         module.add("LEVELS", PyTuple::new(module.py(), nf4::LEVELS)?)?;
         let suffixes = [quant_state::ABSMAX, quant_state::QUANT_MAP, quant_state::NESTED_ABSMAX];
         let suffixes = suffixes.into_iter().chain([quant_state::NESTED_QUANT_MAP, quant_state::STATE]);
-        module.add("JOURNAL_NAME", stream::JOURNAL_NAME)?;
         module.add("SUFFIXES", PyTuple::new(module.py(), suffixes.collect::<Vec<_>>())?)
     }
 }

@@ -13,8 +13,8 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use super::run::cut;
 use super::{Decoder, Mode, Options, Pack, Packing, Recipe};
@@ -22,6 +22,7 @@ use crate::isa::vectorized;
 use crate::merge::Packed;
 use crate::safetensors::{Checkpoint, Tensor, TensorSpec};
 use crate::stream::{self, Plan, Run, Sink, WeightError};
+use crate::sync::lock;
 use crate::{Dtype, Float, Result, nf4};
 
 /// Sums of squares are taken in this many lanes, whatever the processor has.
@@ -196,7 +197,7 @@ impl CompareRun<'_> {
                 let scales = &scales[block..][..values.len().div_ceil(blocksize)];
                 nf4::dequantize(&bytes, scales, blocksize, &mut decoded);
                 let found = Squares::of(&values, &decoded, blocksize, block as u64);
-                squares.lock().unwrap_or_else(PoisonError::into_inner).insert(first, found);
+                lock(squares).insert(first, found);
             }
             StoredPart::Kept(tensor) => {
                 let size = tensor.info.dtype.size();
@@ -230,7 +231,7 @@ impl Run for CompareRun<'_> {
             match stored {
                 StoredPart::Unknown => {}
                 StoredPart::Packed { .. } => {
-                    let squares = found.squares.lock().unwrap_or_else(PoisonError::into_inner);
+                    let squares = lock(&found.squares);
                     let all = squares.values().copied().reduce(Squares::and).unwrap_or_default();
                     if all.values.is_finite() {
                         errors.insert(part.name.clone(), all.error());
@@ -249,10 +250,6 @@ impl Run for CompareRun<'_> {
         }
         errors
     }
-}
-
-fn lock(differences: &Mutex<Differences>) -> std::sync::MutexGuard<'_, Differences> {
-    differences.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Sums of squares over some blocks.

@@ -5,7 +5,7 @@
 //! and should that be smaller, which is rare, the chunks are seen once more and packed exactly.
 
 use std::ops::Range;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
 use super::{Mode, Options};
 use crate::nested::{self, Nested};
@@ -13,6 +13,7 @@ use crate::nf4::{self, Moments};
 use crate::quant_state::QuantState;
 use crate::search::{self, Candidates, Map, Values};
 use crate::stream::{Sink, WeightError};
+use crate::sync::lock;
 use crate::{Error, Result};
 
 static CANDIDATES: LazyLock<Candidates> = LazyLock::new(Candidates::default);
@@ -225,7 +226,7 @@ impl<'p> Weight<'p> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Progress> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.progress)
     }
 }
 

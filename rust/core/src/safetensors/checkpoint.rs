@@ -108,25 +108,14 @@ impl Tensor<'_> {
         Ok(bytes)
     }
 
-    /// Fill `out` with the elements from `first` on, as f32, through `bytes` as scratch.
-    ///
-    /// # Errors
-    /// [`Error::Io`]; [`Error::Malformed`] if the elements are not BF16, F16 or F32.
-    pub fn read_floats_at(&self, first: u64, out: &mut [f32], bytes: &mut Vec<u8>) -> Result<()> {
-        let float = self.float()?;
-        bytes.resize(out.len() * float.size(), 0);
-        self.read_at(first * float.size() as u64, bytes)?;
-        float.decode(bytes, out);
-        Ok(())
-    }
-
     /// All elements as f32.
     ///
     /// # Errors
-    /// As [`Tensor::read_floats_at`].
+    /// [`Error::Io`]; [`Error::Malformed`] if the elements are not BF16, F16 or F32.
     pub fn read_floats(&self) -> Result<Vec<f32>> {
+        let float = self.float()?;
         let mut out = vec![0.0; self.info.elements() as usize];
-        self.read_floats_at(0, &mut out, &mut Vec::new())?;
+        float.decode(&self.read()?, &mut out);
         Ok(out)
     }
 }

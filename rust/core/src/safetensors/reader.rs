@@ -5,11 +5,12 @@ use std::num::NonZero;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::fs::{Advice, fadvise};
 
 use super::header::{self, TensorInfo};
+use crate::sync::lock;
 use crate::{Error, Result};
 
 /// How far the system reads ahead of what is asked for: the disk goes on while nothing is asked for.
@@ -141,7 +142,7 @@ impl File {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Arc<Handle>>> {
-        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.handle)
     }
 }
 

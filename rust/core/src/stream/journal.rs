@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::WeightError;
+use crate::sync::lock;
 use crate::{Error, Result};
 
 /// Name of the journal in the output directory.
@@ -72,21 +73,21 @@ impl Journal {
     }
 
     pub(super) fn entry(&self, source: &str) -> Option<Entry> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).get(source).cloned()
+        lock(&self.entries).get(source).cloned()
     }
 
     pub(super) fn forget(&self, source: &str) {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).remove(source);
+        lock(&self.entries).remove(source);
     }
 
     pub(super) fn add(&self, entry: Entry) -> Result<()> {
         if let Some(file) = &self.file {
             let mut line = serde_json::to_vec(&entry).map_err(|error| Error::io(&self.path)(error.into()))?;
             line.push(b'\n');
-            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut file = lock(file);
             file.write_all(&line).map_err(Error::io(&self.path))?;
         }
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).insert(entry.source.clone(), entry);
+        lock(&self.entries).insert(entry.source.clone(), entry);
         Ok(())
     }
 

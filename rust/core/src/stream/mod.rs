@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use std::{fs, thread};
 
@@ -34,6 +34,7 @@ pub use shard::Sink;
 
 use crate::digest;
 use crate::safetensors::{File, Tensor, TensorSpec, Writer};
+use crate::sync::lock;
 use crate::{Error, Job, Result};
 
 /// Elements that a worker computes with at a time; a multiple of every blocksize.
@@ -164,7 +165,7 @@ pub struct Written {
     pub tensor_bytes: u64,
     /// `DTYPE SHAPE DIGEST` of every stored tensor, as in the lines of a fingerprint.
     pub digests: BTreeMap<String, String>,
-    /// The fingerprint of what was written, see [`digest::fingerprint`].
+    /// The fingerprint of what was written, see [`digest::Fingerprint`].
     pub fingerprint: String,
     /// The fingerprint of what it was made of.
     pub source_fingerprint: String,
@@ -402,10 +403,6 @@ impl Spares {
     fn put(&self, buffer: Vec<u8>) {
         lock(&self.0).push(buffer);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<'w> Work<'w> {

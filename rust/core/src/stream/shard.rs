@@ -2,10 +2,11 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::Result;
 use crate::safetensors::{Layout, TensorSpec, Writer};
+use crate::sync::lock;
 
 /// Where one recipe's bytes go.
 #[derive(Debug)]
@@ -61,7 +62,7 @@ impl Shard {
 
     /// The file in `dir`, opened by the first to ask.
     pub(super) fn open(&self, dir: &Path) -> Result<Arc<Writer>> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = lock(&self.open);
         if let Some(writer) = &*open {
             return Ok(writer.clone());
         }
@@ -75,12 +76,12 @@ impl Shard {
         if self.recipes_done.fetch_add(1, Ordering::AcqRel) + 1 < self.recipes {
             return Ok(());
         }
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), |writer| writer.finish())
+        lock(&self.open).take().map_or(Ok(()), |writer| writer.finish())
     }
 
     /// Flush what has been written so far.
     pub(super) fn flush(&self) -> Result<()> {
-        let writer = self.open.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let writer = lock(&self.open).clone();
         writer.map_or(Ok(()), |writer| writer.flush())
     }
 }
