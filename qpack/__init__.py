@@ -21,24 +21,24 @@ from qpack.errors import (
 
 if TYPE_CHECKING:
     __version__: str
-    from qpack.adapter import Adapter
+    from qpack.adapters.adapter import Adapter
     from qpack.checkpoint import Checkpoint
     from qpack.conversion import ConvertOptions, ConvertReport, DryRun, convert, plan_conversion
     from qpack.inspection import Inspection, inspect
     from qpack.loading.model import load
-    from qpack.merging import MergeReport, merge
+    from qpack.merging.merging import MergeReport, merge
     from qpack.quantization import QuantizedWeight, dequantize, quantize
     from qpack.training import TrainReport, TrainSettings, train
     from qpack.verification import Verification, verify
 
 _HOMES = {
-    "Adapter": "qpack.adapter",
+    "Adapter": "qpack.adapters.adapter",
     "Checkpoint": "qpack.checkpoint",
     "ConvertOptions": "qpack.conversion",
     "ConvertReport": "qpack.conversion",
     "DryRun": "qpack.conversion",
     "Inspection": "qpack.inspection",
-    "MergeReport": "qpack.merging",
+    "MergeReport": "qpack.merging.merging",
     "QuantizedWeight": "qpack.quantization",
     "TrainReport": "qpack.training",
     "TrainSettings": "qpack.training",
@@ -47,7 +47,7 @@ _HOMES = {
     "dequantize": "qpack.quantization",
     "inspect": "qpack.inspection",
     "load": "qpack.loading.model",
-    "merge": "qpack.merging",
+    "merge": "qpack.merging.merging",
     "plan_conversion": "qpack.conversion",
     "quantize": "qpack.quantization",
     "train": "qpack.training",

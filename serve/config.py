@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from qpack.adapter import CONFIG_NAME, Adapter
+from qpack.adapters.adapter import CONFIG_NAME, Adapter
 from qpack.checkpoint import Checkpoint
 from qpack.errors import CheckpointError, ServeError
 

@@ -29,9 +29,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from qpack.data.encoding import IGNORED, Example
 from qpack.errors import TrainingError
 from qpack.training.compute import Compute
-from qpack.training.encoding import IGNORED, Example
 from qpack.training.model import require_float32_adapter
 from qpack.training.report import StepLog
 from qpack.training.settings import TrainSettings

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
-from qpack.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from qpack.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from qpack.data.conversations import read_conversations
 from qpack.loading.base import require_packed
 from qpack.output import new_directory
-from qpack.training.conversations import read_conversations
 from qpack.training.report import StepLog, TrainReport
 from qpack.training.settings import TrainSettings
 
@@ -36,7 +36,7 @@ def train(
 
     Args:
         base: directory of a bitsandbytes NF4 checkpoint; the adapter names it as it is given here.
-        data: the file, in the form that :mod:`qpack.training.conversations` describes.
+        data: the file, in the form that :mod:`qpack.data.conversations` describes.
         output: the directory to make.
         settings: the hyper-parameters.
         force: replace an adapter that is already at ``output``.
@@ -59,9 +59,9 @@ def train(
         with quiet_libraries():
             from transformers import set_seed
 
+            from qpack.data.encoding import encode
             from qpack.loading.adapters import save_adapter
             from qpack.training.compute import choose_compute
-            from qpack.training.encoding import encode
             from qpack.training.loop import fit, optimizer_for
             from qpack.training.model import add_lora, load_base, load_tokenizer
 

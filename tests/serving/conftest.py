@@ -15,9 +15,9 @@ from tiny import write_llama
 from transformers import AutoModelForCausalLM
 
 import qpack
+from qpack.data.conversations import read_conversations
+from qpack.data.encoding import encode
 from qpack.training import TrainSettings
-from qpack.training.conversations import read_conversations
-from qpack.training.encoding import encode
 from qpack.training.loop import collate
 from qpack.training.model import load_tokenizer
 

@@ -11,9 +11,9 @@ import torch
 from tiny import write_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qpack.data.conversations import Conversation, Message
+from qpack.data.encoding import IGNORED, Encoded, Example, encode
 from qpack.errors import DataError
-from qpack.training.conversations import Conversation, Message
-from qpack.training.encoding import IGNORED, Encoded, Example, encode
 from qpack.training.loop import collate
 
 TURNS = [

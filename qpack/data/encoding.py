@@ -26,8 +26,8 @@ from typing import TypedDict
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qpack.data.conversations import Conversation, Message
 from qpack.errors import DataError
-from qpack.training.conversations import Conversation, Message
 
 IGNORED = -100
 """The label that the loss of transformers and torch skips."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpack import _core
-from qpack.adapter import Adapter
+from qpack.adapters.adapter import Adapter
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
 from qpack.errors import AdapterError, CheckpointError

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from qpack.data.conversations import Conversation, read_conversations
 from qpack.errors import DataError
-from qpack.training.conversations import Conversation, read_conversations
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 

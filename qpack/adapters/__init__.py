@@ -1,0 +1,1 @@
+"""PEFT adapters: what they change in a base, and what they were made on."""

@@ -1,0 +1,60 @@
+"""``qpack convert``: pack a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import qpack
+from qpack import terminal
+from qpack._core import BLOCKSIZES
+from qpack.cli.options import DIRECTORY, force, max_shard_size, threads, verbosity
+from qpack.conversion import MODES, QUANT_STORAGES
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst", type=DIRECTORY)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="exact",
+    show_default=True,
+    help="exact: codes and scales of bitsandbytes. best: the same format with less error.",
+)
+@click.option(
+    "--blocksize", type=click.Choice(BLOCKSIZES), default=64, show_default=True, help="Weights per block scale."
+)
+@click.option("--double-quant/--no-double-quant", default=True, help="Store the block scales in 8 bits (default).")
+@click.option("--rules", type=click.Path(path_type=Path), metavar="FILE.toml", help="Rules for single tensors.")
+@click.option("--target-bits", type=float, help="Bits a packed weight on average, spent where the error is largest.")
+@click.option("--pack-lm-head", is_flag=True, help="Pack the output embedding too, which vLLM does not read.")
+@click.option(
+    "--quant-storage",
+    type=click.Choice(QUANT_STORAGES),
+    default="uint8",
+    show_default=True,
+    help="Element type that holds the codes; bfloat16 for FSDP, which vLLM does not read.",
+)
+@click.option("--revision", help="Branch, tag or commit of a model of the hub.")
+@click.option("--low-disk", is_flag=True, help="Fetch, pack and drop one shard of a hub model at a time.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights (.bin), tensors only.")
+@max_shard_size
+@click.option("--dry-run", is_flag=True, help="Show what would be written and what it would fit; write nothing.")
+@threads
+@force
+@verbosity
+def convert(src: str, dst: Path, dry_run: bool, threads: int | None, force: bool, quiet: bool, **options: Any) -> None:
+    """Pack the model SRC to NF4 and write it to DST.
+
+    SRC is a directory, a safetensors file or index, or the id of a model of the Hugging Face hub. Interrupted, the same
+    command goes on where it was.
+    """
+    from qpack.reports import text
+
+    if dry_run:
+        text.print_dry_run(dst, qpack.plan_conversion(src, dst, **options))
+        return
+    with terminal.progress("convert", "bytes", quiet=quiet) as on_progress:
+        done = qpack.convert(src, dst, threads=threads, force=force, on_progress=on_progress, **options)
+    text.print_conversion(dst, done)

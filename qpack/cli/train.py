@@ -1,0 +1,53 @@
+"""``qpack train``: a LoRA adapter for a base."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import qpack
+from qpack import terminal
+from qpack.cli.options import DIRECTORY, Command, force, verbosity
+
+
+def _setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
+    """An option for one of TrainSettings' fields; None, so not given, leaves the field to file or default."""
+    from qpack.training import TrainSettings
+
+    default = TrainSettings.__dataclass_fields__[flag.removeprefix("--").replace("-", "_")].default
+    shown = "" if default is None else f"  [default: {default}]"
+    return click.option(flag, type=type, help=help + shown)
+
+
+@click.command()
+@click.argument("base", type=DIRECTORY)
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=DIRECTORY, required=True, help="Adapter directory to write.")
+@_setting("--r", int, "Rank of the LoRA factors.")
+@_setting("--lora-alpha", int, "The adapter's output is scaled by lora-alpha / r.")
+@_setting("--lora-dropout", float, "Dropout before the adapter.")
+@_setting("--lr", float, "Peak learning rate.")
+@_setting("--epochs", float, "Passes over the data.")
+@_setting("--max-steps", int, "Optimizer steps, instead of epochs.")
+@_setting("--batch-size", int, "Sequences in a forward pass.")
+@_setting("--grad-accum", int, "Forward passes in an optimizer step.")
+@_setting("--max-length", int, "Longest sequence, in tokens.")
+@_setting("--optim", str, "Optimizer, by transformers' name.")
+@_setting("--seed", int, "Seed of initial adapter, data order and dropout.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings; flags take precedence.")
+@force
+@verbosity
+def train(base: Path, data: Path, output: Path, config: Path | None, force: bool, quiet: bool, **flags: Any) -> None:
+    """Train a LoRA adapter for the packed model BASE on the conversations in the JSONL file DATA."""
+    from qpack.training import TrainSettings, load_settings
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = load_settings(config, **given) if config else TrainSettings(**given)
+    with terminal.progress("train", "steps", quiet=quiet) as on_progress:
+        report = qpack.train(base, data, output, settings, force=force, on_progress=on_progress)
+    loss = f"loss {report.first_loss:.3f} to {report.final_loss:.3f}"
+    work = f"{report.steps} steps, {report.tokens} tokens at {report.tokens_per_second:.0f}/s"
+    how = f"{report.optimizer}, {report.compute_dtype}"
+    cut = f", {report.truncated} of {report.examples} examples cut at max-length" if report.truncated else ""
+    click.echo(f"{output}: {loss}, {work} ({how}){cut}, in {report.seconds:.1f} s")
