@@ -1,7 +1,8 @@
 """What to serve, checked completely before the engine is loaded.
 
 Refused: a base that is not packed as NF4; an adapter that is malformed, of another base, or larger than the rank
-asked for; a name that is illegal, used twice, or the base's own.
+asked for; a name that is illegal, used twice, or the base's own. An adapter whose record names another base is refused
+too, unless ``force`` is set.
 """
 
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from qpack.adapters.adapter import CONFIG_NAME, Adapter
+from qpack.adapters.record import check_base
 from qpack.checkpoint import Checkpoint
 from qpack.errors import CheckpointError, ServeError
 
@@ -44,6 +46,8 @@ class ServeConfig:
     """Rank that a slot has room for, one of `LORA_RANKS`. By default the smallest that the adapters fit in."""
     max_model_len: int | None = None
     """Tokens in a prompt and its answer. By default what the model and the memory for the KV cache allow."""
+    force: bool = False
+    """Serve an adapter although its record names another base."""
     verbose: bool = False
     """Show vLLM's own log and a line for each request."""
 
@@ -57,6 +61,7 @@ class ServeConfig:
         opened = [Adapter.open(path) for path in adapters.values()]
         for adapter in opened:
             adapter.check_base(checkpoint)
+        check_base((adapter.path for adapter in opened), checkpoint, force=self.force)
 
         fill = object.__setattr__  # the way of a frozen dataclass to hold what its checks have worked out
         fill(self, "base", base)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qpack import _core
 from qpack.adapters.adapter import Adapter
+from qpack.adapters.record import check_base
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
 from qpack.errors import AdapterError, CheckpointError
@@ -53,7 +54,8 @@ def merge(
 ) -> MergeReport:
     """Write ``base`` with ``adapter`` merged in to the new directory ``destination``, as ``dtype``.
 
-    The base may be packed or plain. ``on_progress`` gets bytes of the base done and in all.
+    The base may be packed or plain. ``force`` replaces what is at ``destination``, and takes an adapter that was
+    trained on another base. ``on_progress`` gets bytes of the base done and in all.
 
     Raises:
         CheckpointError: if the base is malformed, or has weights that 16-bit checkpoints of its family hold transposed.
@@ -69,6 +71,7 @@ def merge(
     checkpoint = Checkpoint.open(base)
     opened = Adapter.open(adapter)
     opened.check_base(checkpoint)
+    check_base([opened.path], checkpoint, force=force)
     _refuse_tied_head(checkpoint, opened)
     _refuse_transposed(checkpoint, opened)
     for name, factors in opened.factors.items():

@@ -4,16 +4,23 @@ What can be refused without torch (the data, the base's config, the output) is r
 what can be refused without the weights before they are loaded.
 """
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
 from qpack.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from qpack.adapters.record import Base, Record
 from qpack.data.conversations import read_conversations
 from qpack.loading.base import require_packed
 from qpack.output import new_directory
 from qpack.training.report import StepLog, TrainReport
 from qpack.training.settings import TrainSettings
+
+LIBRARIES = ("qpack", "torch", "transformers", "peft", "bitsandbytes")
+"""Whose versions the adapter's record holds: the arithmetic is theirs."""
 
 FINAL_STEPS = 10
 """How many steps the report's final loss is the mean of: single batches differ too much."""
@@ -31,8 +38,9 @@ def train(
 ) -> TrainReport:
     """Train a LoRA adapter for a packed base on a JSONL file of conversations.
 
-    The output directory holds what PEFT and vLLM load: adapter_config.json, adapter_model.safetensors (float32) and
-    the tokenizer with its chat template. It appears when training has succeeded, and not otherwise.
+    The output directory holds what PEFT and vLLM load: adapter_config.json, adapter_model.safetensors (float32), the
+    tokenizer with its chat template, and qpack_adapter.json, which says what it was trained on. It appears when
+    training has succeeded, and not otherwise.
 
     Args:
         base: directory of a bitsandbytes NF4 checkpoint; the adapter names it as it is given here.
@@ -49,7 +57,7 @@ def train(
         OutputExistsError: the output exists and ``force`` was not given, or it is not an adapter.
         TrainingError: the loss or a gradient is no longer finite, or the run is shorter than its warm-up.
     """
-    require_packed(Path(base))
+    identity = Base.of(require_packed(Path(base)))
     conversations = read_conversations(Path(data))
     with new_directory(
         Path(output), force=force, marker=ADAPTER_CONFIG_NAME, inputs=[Path(base), Path(data)]
@@ -76,17 +84,27 @@ def train(
             save_adapter(model, partial)
             (partial / "README.md").unlink()  # PEFT's model card, a form with nothing filled in
             tokenizer.save_pretrained(partial)
-    return TrainReport(
-        output=Path(output),
-        steps=len(steps.losses),
-        examples=len(encoded.examples),
-        truncated=encoded.truncated,
-        tokens=steps.tokens,
-        trainable_parameters=model.num_parameters(only_trainable=True),
-        first_loss=steps.losses[0],
-        final_loss=fmean(steps.losses[-FINAL_STEPS:]),
-        seconds=steps.seconds,
-        tokens_per_second=steps.tokens / steps.seconds,
-        compute_dtype=compute.dtype_name,
-        optimizer=optimizer_for(settings, compute),
-    )
+        report = TrainReport(
+            output=Path(output),
+            steps=len(steps.losses),
+            examples=len(encoded.examples),
+            truncated=encoded.truncated,
+            tokens=steps.tokens,
+            trainable_parameters=model.num_parameters(only_trainable=True),
+            first_loss=steps.losses[0],
+            final_loss=fmean(steps.losses[-FINAL_STEPS:]),
+            seconds=steps.seconds,
+            tokens_per_second=steps.tokens / steps.seconds,
+            compute_dtype=compute.dtype_name,
+            optimizer=optimizer_for(settings, compute),
+        )
+        metrics = ("steps", "tokens", "trainable_parameters", "first_loss", "final_loss")
+        Record(
+            versions={library: version(library) for library in LIBRARIES},
+            base=identity,
+            settings=asdict(settings),
+            data={"digest": hashlib.sha256(Path(data).read_bytes()).hexdigest(), "examples": len(encoded.examples)},
+            template=tokenizer.chat_template,
+            metrics={name: getattr(report, name) for name in metrics},
+        ).write(partial)
+    return report

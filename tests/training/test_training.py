@@ -64,6 +64,7 @@ def test_adapter_directory_is_what_peft_and_vllm_read(learned: TrainReport, base
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "qpack_adapter.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -232,7 +233,7 @@ def drop_tensor(directory: Path) -> None:
         (edit_config, r"config\.json: expected bnb_4bit_quant_type 'nf4' in quantization_config, found 'fp4'"),
         (drop_config, r"config\.json: no such file"),
         (drop_tokenizer, r"no tokenizer that can be loaded"),
-        (drop_tensor, r"missing keys: model\.norm\.weight"),
+        (drop_tensor, r"qpack\.json: records tensor model\.norm\.weight as BF16 \[256\], found none"),
     ],
 )
 def test_damaged_base_is_refused(
