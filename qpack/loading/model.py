@@ -18,7 +18,12 @@ _NAMES_SHOWN = 3
 
 
 def load(
-    directory: Path | str, *, dtype: torch.dtype | None = None, device_map: Any = None, **kwargs: Any
+    directory: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    sharded: bool = False,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the packed checkpoint in ``directory`` as transformers' ``AutoModelForCausalLM`` does, experts included.
 
@@ -32,6 +37,8 @@ def load(
         directory: what `qpack.convert` wrote.
         dtype: of the computation and of the weights that are not packed; by default what config.json asks for.
         device_map: as in ``from_pretrained``; by default the first GPU, or the CPU.
+        sharded: spread the weights over all processes of torch's default group, each of which makes this call and
+            reads only its part, as :mod:`qpack.loading.sharded` describes.
         kwargs: what else ``from_pretrained`` takes, such as ``attn_implementation``.
 
     Raises:
@@ -47,7 +54,7 @@ def load(
         if dtype is not None:
             declared["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
             kwargs["dtype"] = dtype
-        config.quantization_config = PackedConfig.declared_by(declared)
+        config.quantization_config = _config_class(sharded=sharded).declared_by(declared)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -74,3 +81,11 @@ def load(
 
         teach_peft()
     return model
+
+
+def _config_class(*, sharded: bool) -> type[PackedConfig]:
+    if not sharded:
+        return PackedConfig
+    from qpack.loading.sharded import ShardedConfig  # a second of imports that one process has no use for
+
+    return ShardedConfig

@@ -35,16 +35,18 @@ METHOD = "qpack"
 class PackedConfig(BitsAndBytesConfig):
     """`BitsAndBytesConfig` under the name :data:`METHOD`."""
 
+    method = METHOD
+
     def __init__(self, **settings: Any) -> None:
         """Take what `BitsAndBytesConfig` takes."""
         super().__init__(load_in_4bit=True, **settings)  # type: ignore[no-untyped-call]
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = self.method
 
     @classmethod
     def declared_by(cls, quantization_config: dict[str, Any]) -> dict[str, Any]:
         """The ``quantization_config`` of a packed checkpoint, renamed so that this class reads it."""
         settings = {key: value for key, value in quantization_config.items() if not key.startswith("load_in_")}
-        return settings | {"quant_method": METHOD}
+        return settings | {"quant_method": cls.method}
 
 
 @register_quantizer(METHOD)
@@ -83,9 +85,13 @@ class PackedQuantizer(Bnb4BitHfQuantizer):
         kept, _, _ = build_glob_alternation(in_float32)
         for name, tensor in _floats(model):
             dtype = torch.float32 if in_float32 and kept.search(name) else self._dtypes[name]
-            tensor.data = tensor.data.to(dtype)
+            if tensor.dtype != dtype:
+                self._cast(model, tensor, dtype)
         super()._process_model_after_weight_loading(model, **kwargs)
         return model
+
+    def _cast(self, model: PreTrainedModel, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        tensor.data = tensor.data.to(dtype)
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
         """Leave the experts of the checkpoint apart."""
