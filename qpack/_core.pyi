@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias, final
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from qpack.adapters.changes import AnyChange
 from qpack.policy.plan import Packing, Recipe
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "merge",
     "nested_quant_map",
     "pack",
+    "plan_merge",
     "plan_pack",
     "quantize_nested",
     "quantize_nf4",
@@ -121,6 +123,10 @@ class Written:
     @property
     def errors(self) -> dict[str, tuple[float, float, float, int]]:
         """Of every packed weight: relative error, norm, the worst block's relative error, and that block's index."""
+
+    @property
+    def changes(self) -> dict[str, tuple[float, float]]:
+        """Frobenius norms of the change and of the weight before, of every weight that was changed, not replaced."""
 
 def read_header(path: str | PathLike[str]) -> list[TensorInfo]:
     """Validate a safetensors file's header and list its tensors in the order of their bytes."""
@@ -245,20 +251,37 @@ def exchange(one: str | PathLike[str], other: str | PathLike[str]) -> None:
 
 def merge(
     shards: Sequence[str | PathLike[str]],
-    adapter: str | PathLike[str],
     directory: str | PathLike[str],
-    deltas: Mapping[str, tuple[str, str, float]],
+    recipes: Sequence[Recipe],
+    changes: Mapping[str, AnyChange],
     *,
-    dtype: str,
+    mode: str,
+    quant_storage: str,
     inputs: str,
     max_shard_bytes: int,
     threads: int,
+    source: _Source | None = None,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> Written:
-    """Write the weights of ``shards`` to ``directory`` in ``dtype``, unpacked, with ``scale * B @ A`` added.
+    """As `pack`, of tensors that were changed: a source by the name that ``changes`` has, before it is cut into parts.
 
-    ``deltas`` maps a weight's name to the names of A and B in the file ``adapter``, and to the scale.
+    A recipe's source may itself be a packed weight, which is then unpacked: its one part is all of it (or of its
+    transpose) in a float type, that of its quant state by default. What stands beside such a weight is in no recipe.
+    The source of a `Replace` need not be in ``shards``.
+
+    Every value is the sum in f64 of the decoded f32 weight and the change, rounded once to the type that it is kept
+    in. A packed part is quantized from the sum rounded to f32, and its error is that against this sum.
     """
+
+def plan_merge(
+    shards: Sequence[str | PathLike[str]],
+    recipes: Sequence[Recipe],
+    changes: Mapping[str, AnyChange],
+    *,
+    quant_storage: str,
+    max_shard_bytes: int,
+) -> list[tuple[str, int]]:
+    """The files that `merge` would write, in order, each with its size in bytes; refuses what `merge` refuses."""
 
 def quantize_nf4(weights: bytes, dtype: str, blocksize: int) -> tuple[bytes, bytes]:
     """Codes (half a byte a weight) and absmax (f32 per block) of little-endian ``weights``."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpack import _core
-from qpack.adapters.adapter import Adapter
+from qpack.adapters.adapter import Adapter, Factors
+from qpack.adapters.changes import Change, LowRank, Stored, View
 from qpack.adapters.record import check_base
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
@@ -23,6 +24,7 @@ from qpack.inspection import Inspection, inspect
 from qpack.manifest import MANIFEST_NAME, Manifest
 from qpack.output import new_directory
 from qpack.policy.modules import OUTPUT_EMBEDDING, transposed_weights
+from qpack.policy.plan import Part, Recipe
 from qpack.sizes import parse_size
 
 logger = logging.getLogger(__name__)
@@ -80,10 +82,11 @@ def merge(
     with new_directory(destination, force=force, marker=CONFIG_NAME, inputs=inputs) as partial:
         _core.merge(
             checkpoint.shards,
-            opened.weights_path,
             partial,
-            {name: (factors.a, factors.b, factors.scale) for name, factors in opened.factors.items()},
-            dtype=dtype,
+            _unpacked(checkpoint, dtype),
+            {name: _change(opened.weights_path, factors) for name, factors in opened.factors.items()},
+            mode="exact",
+            quant_storage="uint8",
             inputs="",
             max_shard_bytes=max_shard_bytes,
             threads=threads or 0,
@@ -94,6 +97,23 @@ def merge(
         config.pop("torch_dtype", None)
         write_config(partial, config | {"dtype": dtype})
     return MergeReport(len(opened.factors), inspect(destination), time.monotonic() - start)
+
+
+def _unpacked(checkpoint: Checkpoint, dtype: str) -> list[Recipe]:
+    """Every tensor as it is, floats in ``dtype``, packed weights unpacked."""
+    recipes = []
+    for name, shape in checkpoint.weights.items():
+        floats = name in checkpoint.packed or checkpoint.tensors[name].dtype in ("BF16", "F16", "F32")
+        recipes.append(Recipe(name, (Part(name, shape, dtype=dtype if floats else None),)))
+    return recipes
+
+
+def _change(file: Path, factors: Factors) -> Change:
+    """``scale * B @ A``."""
+    _, in_features = factors.shape
+    left, right = Stored(file, factors.b), Stored(file, factors.a)
+    term = LowRank(View(left, (factors.r, 1)), View(right, (in_features, 1)), factors.r, factors.scale)
+    return Change((term,))
 
 
 def _refuse_transposed(checkpoint: Checkpoint, adapter: Adapter) -> None:

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
-use crate::merge::Packed;
+use crate::packed::Packed;
 use crate::safetensors::Checkpoint;
 use crate::stream::CHUNK;
 use crate::{Job, Result};

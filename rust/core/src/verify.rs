@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use crate::digest::Hasher;
-use crate::merge::Packed;
+use crate::packed::Packed;
 use crate::safetensors::{Checkpoint, File, Tensor};
 use crate::stream::CHUNK;
 use crate::{Error, Job, Result, nf4, quant_state};

@@ -1,12 +1,12 @@
 //! Whole files through recipes: packing, merging, sharding, cancelling.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use qpack_core::merge::{self, FactorNames};
+use qpack_core::merge::{Change, Changes, LowRank, Stored, View};
 use qpack_core::pack::{self, Mode, Options, Packing, Part, Recipe};
 use qpack_core::safetensors::{Checkpoint, Layout, Tensor, TensorSpec, Writer};
 use qpack_core::stream::{self, JOURNAL_NAME, Plan, Supply};
@@ -50,7 +50,7 @@ fn pack_w(checkpoint: &Checkpoint, packing: Packing, max_shard_bytes: u64) -> Pl
         let name = &tensor.info.name;
         recipe(name, vec![part(name, &tensor.info.shape, (name == "w").then_some(packing))])
     });
-    pack::plan(checkpoint, &recipes.collect::<Vec<_>>(), EXACT, max_shard_bytes).unwrap()
+    pack::plan(checkpoint, &recipes.collect::<Vec<_>>(), Changes::none(), EXACT, max_shard_bytes).unwrap()
 }
 
 fn ramp(count: usize, step: f32) -> Vec<f32> {
@@ -107,7 +107,7 @@ fn a_run_goes_on_where_an_interrupted_one_ended_and_trusts_nothing() {
             &|| {
                 // A line that was torn in the middle.
                 let text = fs::read_to_string(&journal).unwrap();
-                let end = text.rfind("{\"source\"").unwrap();
+                let end = text.rfind("{\"recipe\"").unwrap();
                 fs::write(&journal, &text[..end + 20]).unwrap();
             },
             3,
@@ -159,7 +159,7 @@ fn parts_are_cut_interleaved_and_transposed_out_of_a_fused_tensor() {
         let parts = (0..3).flat_map(|expert| [part("gate", expert, steps[0]), part("up", expert, steps[1])]);
         let checkpoint = open(&[path.to_owned()]);
         let out = tempdir().unwrap();
-        let plan = pack::plan(&checkpoint, &[recipe("x", parts.collect())], EXACT, u64::MAX).unwrap();
+        let plan = pack::plan(&checkpoint, &[recipe("x", parts.collect())], Changes::none(), EXACT, u64::MAX).unwrap();
         plan.write(out.path(), "", 2, &(), &Job::default()).unwrap();
         let made = open(&[out.path().join("model.safetensors")]);
         let read = |name: &str| made.tensor(name).unwrap().read().unwrap();
@@ -279,7 +279,8 @@ fn a_recipe_that_does_not_fit_its_source_is_refused() {
         (w(vec![rows("a", 2, (3, 1))]), "no part of"),
         (w(vec![Part { matrix: 1, ..rows("a", 4, (0, 1)) }]), "no part of"),
     ] {
-        let message = pack::plan(&checkpoint, &recipes, EXACT, u64::MAX).err().expect(reason).to_string();
+        let message =
+            pack::plan(&checkpoint, &recipes, Changes::none(), EXACT, u64::MAX).err().expect(reason).to_string();
         assert!(message.contains(reason), "{message}: expected {reason}");
     }
 }
@@ -309,10 +310,7 @@ fn a_weight_that_is_not_there_is_refused() {
     write_floats(&source, &[("w", [2, 2], ramp(4, 0.1))], Float::F32);
     let checkpoint = open(&[source]);
     let recipes = [recipe("v", vec![part("v", &[2, 2], None)])];
-    let plan = pack::plan(&checkpoint, &recipes, EXACT, u64::MAX);
-    assert!(plan.err().unwrap().to_string().ends_with("no tensor v"));
-    let factors = HashMap::from([("v".to_owned(), FactorNames { a: "a".into(), b: "b".into(), scale: 1.0 })]);
-    let plan = merge::plan(&checkpoint, &checkpoint, &factors, Float::F32, u64::MAX);
+    let plan = pack::plan(&checkpoint, &recipes, Changes::none(), EXACT, u64::MAX);
     assert!(plan.err().unwrap().to_string().ends_with("no tensor v"));
 }
 
@@ -345,9 +343,16 @@ proptest! {
         let files = plan.write(&packed_dir, "", 2, &(), &Job::default()).unwrap().files;
         let packed = open(&files.iter().map(|file| packed_dir.join(file)).collect::<Vec<_>>());
 
-        let adapter = open(&[adapter]);
-        let factors = HashMap::from([("w".to_owned(), FactorNames { a: "a".into(), b: "b".into(), scale: 0.5 })]);
-        let plan = merge::plan(&packed, &adapter, &factors, Float::F32, max_shard_bytes).unwrap();
+        let view = |name: &str, columns| View {
+            tensor: Stored { file: adapter.clone(), name: name.to_owned() },
+            offset: 0,
+            strides: [columns, 1],
+        };
+        let term = LowRank { left: view("b", 2), right: view("a", columns), r: 2, scale: 0.5, rows: None };
+        let change = Change::Sum { terms: vec![term], magnitude: None, by_columns: false };
+        let changes = Changes::open(BTreeMap::from([("w".to_owned(), change)])).unwrap();
+        let recipes = [recipe("w", vec![part("w", &[rows, columns], None)]), recipe("n", vec![part("n", &[1, 3], None)])];
+        let plan = pack::plan(&packed, &recipes, &changes, EXACT, max_shard_bytes).unwrap();
         let files = plan.write(&merged_dir, "", 2, &(), &Job::default()).unwrap().files;
         let merged = open(&files.iter().map(|file| merged_dir.join(file)).collect::<Vec<_>>());
         prop_assert_eq!(merged.tensor("n").unwrap().read_floats().unwrap(), vec![1.0; 3]);
@@ -409,7 +414,7 @@ fn encoded_sources_are_packed_as_what_they_decode_to() {
         },
         Recipe { scale: Some("mx_scale".into()), ..recipe("mx", parts("m", &[6, 64], packing)) },
     ];
-    let plan = pack::plan(&checkpoint, &recipes, EXACT, u64::MAX).unwrap();
+    let plan = pack::plan(&checkpoint, &recipes, Changes::none(), EXACT, u64::MAX).unwrap();
     plan.write(dir.path(), "", 2, &(), &Job::default()).unwrap();
     let made = open(&[dir.path().join("model.safetensors")]);
     for (name, floats) in [("f", &fp8), ("m", &decoded)] {

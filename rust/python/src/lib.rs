@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "documented where Python reads it, in qpack/_core.pyi")]
 #![allow(clippy::needless_pass_by_value, reason = "pyo3 hands arguments over by value")]
 
+mod change;
 mod errors;
 mod kernels;
 mod read;
@@ -31,7 +32,7 @@ mod _core {
         Comparison, WeightStatistics, broken_weights, compare_packed, digest_tensors, fingerprint, weight_statistics,
     };
     #[pymodule_export]
-    use crate::write::{Written, exchange, measure, merge, pack, plan_pack};
+    use crate::write::{Written, exchange, measure, merge, pack, plan_merge, plan_pack};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
-use qpack_core::merge::Packed;
+use qpack_core::packed::Packed;
 use qpack_core::safetensors::{Checkpoint, File, parse_index};
 use qpack_core::{Error, Float, Result, quant_state};
 

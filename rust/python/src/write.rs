@@ -3,16 +3,16 @@
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::{slice, thread};
+use std::thread;
 
 use pyo3::prelude::*;
-use qpack_core::merge::FactorNames;
+use qpack_core::merge::{Changes, Norms};
 use qpack_core::safetensors::Checkpoint;
 use qpack_core::stream::{self, Supply, WeightError};
 use qpack_core::{Error, Result, pack as packing};
 
+use crate::change::{Change, opened};
 use crate::errors::to_python;
-use crate::kernels::float;
 use crate::recipe::{Packing, Recipe, checked, options};
 use crate::watch::watch;
 
@@ -25,12 +25,22 @@ pub struct Written {
     fingerprint: String,
     source_fingerprint: String,
     errors: BTreeMap<String, (f64, f64, f64, u64)>,
+    changes: BTreeMap<String, (f64, f64)>,
 }
 
 impl From<stream::Written> for Written {
     fn from(written: stream::Written) -> Self {
-        let stream::Written { files, tensor_bytes, resumed_bytes, digests, fingerprint, source_fingerprint, errors } =
-            written;
+        let stream::Written {
+            files,
+            tensor_bytes,
+            resumed_bytes,
+            digests,
+            fingerprint,
+            source_fingerprint,
+            errors,
+            changes,
+        } = written;
+        let norms = |(name, Norms { change, weight })| (name, (change, weight));
         Self {
             files,
             tensor_bytes,
@@ -39,12 +49,16 @@ impl From<stream::Written> for Written {
             fingerprint,
             source_fingerprint,
             errors: error_tuples(errors),
+            changes: changes.into_iter().map(norms).collect(),
         }
     }
 }
 
-/// The `fetch` and `drop` of a `qpack.sources.Source`.
-struct Source<'a>(&'a Py<PyAny>);
+/// The `fetch` and `drop` of a `qpack.sources.Source`; the files of adapters are there.
+struct Source<'a> {
+    python: &'a Py<PyAny>,
+    changes: &'a Changes,
+}
 
 impl Supply for Source<'_> {
     fn fetches(&self) -> bool {
@@ -52,12 +66,18 @@ impl Supply for Source<'_> {
     }
 
     fn need(&self, file: &Path) -> Result<Option<PathBuf>> {
-        let fetch = |py: Python<'_>| self.0.call_method1(py, "fetch", (file,))?.extract(py).map(Some);
+        if self.changes.reads(file) {
+            return Ok(None);
+        }
+        let fetch = |py: Python<'_>| self.python.call_method1(py, "fetch", (file,))?.extract(py).map(Some);
         Python::attach(fetch).map_err(|error| supply_error(file, error))
     }
 
     fn done(&self, file: &Path) -> Result<()> {
-        let drop = |py: Python<'_>| self.0.call_method1(py, "drop", (file,)).map(drop);
+        if self.changes.reads(file) {
+            return Ok(());
+        }
+        let drop = |py: Python<'_>| self.python.call_method1(py, "drop", (file,)).map(drop);
         Python::attach(drop).map_err(|error| supply_error(file, error))
     }
 }
@@ -93,16 +113,21 @@ pub fn pack(
     source: Option<Py<PyAny>>,
     on_progress: Option<Py<PyAny>>,
 ) -> PyResult<Written> {
-    let options = options(mode, quant_storage)?;
-    let recipes = checked(recipes)?;
-    let checkpoint = py.detach(|| Checkpoint::open(&shards)).map_err(to_python)?;
-    let plan = py.detach(|| packing::plan(&checkpoint, &recipes, options, max_shard_bytes)).map_err(to_python)?;
-    let total = plan.source_bytes();
-    let work = |job: &_| match &source {
-        Some(source) => plan.write(&directory, inputs, workers(threads), &Source(source), job),
-        None => plan.write(&directory, inputs, workers(threads), &(), job),
-    };
-    watch(py, total, on_progress.as_ref(), work).map(Written::from)
+    let changes = BTreeMap::new();
+    merge(
+        py,
+        shards,
+        directory,
+        recipes,
+        changes,
+        mode,
+        quant_storage,
+        inputs,
+        max_shard_bytes,
+        threads,
+        source,
+        on_progress,
+    )
 }
 
 #[pyfunction]
@@ -121,10 +146,11 @@ pub fn measure(
     let checkpoint = py.detach(|| Checkpoint::open(&shards)).map_err(to_python)?;
     let plan = py.detach(|| packing::measure(&checkpoint, &recipes, &candidates)).map_err(to_python)?;
     let total = plan.source_bytes();
-    let work = |job: &_| match &source {
-        Some(source) => plan.examine(workers(threads), &Source(source), job),
-        None => plan.examine(workers(threads), &(), job),
+    let supply: &dyn Supply = match &source {
+        Some(source) => &Source { python: source, changes: Changes::none() },
+        None => &(),
     };
+    let work = |job: &_| plan.examine(workers(threads), supply, job);
     let found = watch(py, total, on_progress.as_ref(), work)?;
     let mut squares: HashMap<String, Vec<f64>> = HashMap::new();
     for (key, error) in found.errors {
@@ -151,34 +177,56 @@ pub fn plan_pack(
     quant_storage: &str,
     max_shard_bytes: u64,
 ) -> PyResult<Vec<(String, u64)>> {
-    let options = options("exact", quant_storage)?;
-    let recipes = checked(recipes)?;
-    let files = || Ok(packing::plan(&Checkpoint::open(&shards)?, &recipes, options, max_shard_bytes)?.files());
-    py.detach(files).map_err(to_python)
+    plan_merge(py, shards, recipes, BTreeMap::new(), quant_storage, max_shard_bytes)
 }
 
 #[pyfunction]
-#[pyo3(signature = (shards, adapter, directory, deltas, *, dtype, inputs, max_shard_bytes, threads, on_progress=None))]
+#[pyo3(signature = (shards, directory, recipes, changes, *, mode, quant_storage, inputs, max_shard_bytes, threads, source=None, on_progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
 pub fn merge(
     py: Python<'_>,
     shards: Vec<PathBuf>,
-    adapter: PathBuf,
     directory: PathBuf,
-    deltas: HashMap<String, (String, String, f32)>,
-    dtype: &str,
+    recipes: Vec<Recipe>,
+    changes: BTreeMap<String, Change>,
+    mode: &str,
+    quant_storage: &str,
     inputs: &str,
     max_shard_bytes: u64,
     threads: usize,
+    source: Option<Py<PyAny>>,
     on_progress: Option<Py<PyAny>>,
 ) -> PyResult<Written> {
-    let to = float(dtype)?;
-    let factors = deltas.into_iter().map(|(name, (a, b, scale))| (name, FactorNames { a, b, scale })).collect();
-    let open = || Ok((Checkpoint::open(&shards)?, Checkpoint::open(slice::from_ref(&adapter))?));
-    let (base, adapter) = py.detach(open).map_err(to_python)?;
-    let plan =
-        py.detach(|| qpack_core::merge::plan(&base, &adapter, &factors, to, max_shard_bytes)).map_err(to_python)?;
+    let options = options(mode, quant_storage)?;
+    let recipes = checked(recipes)?;
+    let open = || Ok((Checkpoint::open(&shards)?, opened(changes)?));
+    let (checkpoint, changes) = py.detach(open).map_err(to_python)?;
+    let plan = || packing::plan(&checkpoint, &recipes, &changes, options, max_shard_bytes);
+    let plan = py.detach(plan).map_err(to_python)?;
     let total = plan.source_bytes();
-    let work = |job: &_| plan.write(&directory, inputs, workers(threads), &(), job);
+    let supply: &dyn Supply = match &source {
+        Some(source) => &Source { python: source, changes: &changes },
+        None => &(),
+    };
+    let work = |job: &_| plan.write(&directory, inputs, workers(threads), supply, job);
     watch(py, total, on_progress.as_ref(), work).map(Written::from)
+}
+
+#[pyfunction]
+#[pyo3(signature = (shards, recipes, changes, *, quant_storage, max_shard_bytes))]
+pub fn plan_merge(
+    py: Python<'_>,
+    shards: Vec<PathBuf>,
+    recipes: Vec<Recipe>,
+    changes: BTreeMap<String, Change>,
+    quant_storage: &str,
+    max_shard_bytes: u64,
+) -> PyResult<Vec<(String, u64)>> {
+    let options = options("exact", quant_storage)?;
+    let recipes = checked(recipes)?;
+    let files = || {
+        let (checkpoint, changes) = (Checkpoint::open(&shards)?, opened(changes)?);
+        Ok(packing::plan(&checkpoint, &recipes, &changes, options, max_shard_bytes)?.files())
+    };
+    py.detach(files).map_err(to_python)
 }

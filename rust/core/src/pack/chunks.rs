@@ -17,6 +17,8 @@ pub(super) struct Chunk {
     pub(super) bytes: Range<u64>,
     /// Number of the first element in the source.
     pub(super) first: u64,
+    /// How many there are.
+    pub(super) len: u64,
     pub(super) work: Work,
 }
 
@@ -60,7 +62,7 @@ pub(super) fn split(source: &Tensor<'_>, encoding: &Encoding<'_>, parts: &[Part]
             let first = matrix * size;
             let bytes = encoding.bytes(first)..encoding.bytes(first + size);
             let work = Work::Matrix { parts: group, rows: view.rows, columns: view.columns };
-            chunks.push(Chunk { bytes, first, work });
+            chunks.push(Chunk { bytes, first, len: size, work });
         }
         matrix += 1;
         if end == parts.len() && matrix != view.matrices {
@@ -92,8 +94,9 @@ fn runs<'a>(
     (0..total.div_ceil(step)).map(move |index| {
         let from = index * step;
         let to = (from + step).min(total);
-        let byte = |element: u64| start + element * scale.0 / scale.1;
-        Chunk { bytes: byte(from)..byte(to), first: first + from, work: Work::Run { part, first: from } }
+        let byte = |element: u64| start + (element * scale.0).div_ceil(scale.1);
+        let work = Work::Run { part, first: from };
+        Chunk { bytes: byte(from)..byte(to), first: first + from, len: to - from, work }
     })
 }
 

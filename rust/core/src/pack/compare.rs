@@ -16,10 +16,11 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::run::cut;
-use super::{Decoder, Mode, Options, Pack, Packing, Recipe};
+use super::run::Reader;
+use super::{Mode, Options, Pack, Packing, Recipe};
 use crate::isa::vectorized;
-use crate::merge::Packed;
+use crate::merge::Changes;
+use crate::packed::Packed;
 use crate::safetensors::{Checkpoint, Tensor, TensorSpec};
 use crate::stream::{self, Plan, Run, Sink, WeightError};
 use crate::sync::lock;
@@ -69,7 +70,7 @@ pub fn compare<'a>(
                 StoredPart::Unknown
             }));
         }
-        let pack = Pack::new(originals, &recipe, Options { mode: Mode::Exact, storage: Dtype::U8 })?;
+        let pack = Pack::new(originals, &recipe, Changes::none(), Options { mode: Mode::Exact, storage: Dtype::U8 })?;
         let unlike = pack.parts.iter().zip(&mut stored_parts);
         for ((part, _), stored) in unlike {
             if let Some(reason) = stored.unlike(pack.encoding.float().map_or(pack.source.info.dtype, Float::dtype)) {
@@ -161,13 +162,13 @@ impl stream::Recipe for Compare<'_> {
             Ok(ComparedPart { scales, squares: Mutex::default(), first_difference: AtomicU64::new(u64::MAX) })
         });
         let parts = parts.collect::<Result<_>>()?;
-        Ok(Box::new(CompareRun { compare: self, decoder: self.pack.encoding.decoder()?, parts }))
+        Ok(Box::new(CompareRun { compare: self, reader: Reader::new(&self.pack)?, parts }))
     }
 }
 
 struct CompareRun<'a> {
     compare: &'a Compare<'a>,
-    decoder: Decoder,
+    reader: Reader<'a>,
     parts: Vec<ComparedPart>,
 }
 
@@ -218,7 +219,7 @@ impl CompareRun<'_> {
 
 impl Run for CompareRun<'_> {
     fn chunk(&self, chunk: usize, bytes: &[u8], _sink: &Sink<'_>) -> Result<Range<usize>> {
-        cut(&self.compare.pack, &self.decoder, chunk, bytes, |part, first, floats| {
+        self.reader.cut(&self.compare.pack.chunks[chunk], bytes, |part, first, floats| {
             self.compare_part(part, first, floats).map(|()| 0..0)
         })
     }

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::run::PackRun;
 use super::{Mode, Options, Pack, Packing, Recipe};
+use crate::merge::Changes;
 use crate::safetensors::{Checkpoint, Tensor, TensorSpec};
 use crate::stream::{self, Plan, Run, Sink, WeightError};
 use crate::{Dtype, Result};
@@ -24,7 +25,7 @@ pub fn measure<'a>(checkpoint: &'a Checkpoint, recipes: &[Recipe], candidates: &
             for part in recipe.parts.iter_mut().filter(|part| part.packing.is_some()) {
                 part.packing = Some(packing);
             }
-            Pack::new(checkpoint, &recipe, Options { mode: Mode::Exact, storage: Dtype::U8 })
+            Pack::new(checkpoint, &recipe, Changes::none(), Options { mode: Mode::Exact, storage: Dtype::U8 })
         };
         let mut ways = candidates.iter().map(|&packing| packed(packing)).collect::<Result<Vec<_>>>()?;
         // Chunks of whole large blocks are whole small blocks too.

@@ -2,6 +2,8 @@
 //!
 //! A [`Recipe`] says which tensors are made of one source tensor, as data: the whole of it, one expert of a fused tensor,
 //! every second row, the transpose; packed or kept. [`plan`] checks it against the source and gives a [`stream::Plan`].
+//! Sources may be packed themselves, which are unpacked; and they may be [changed](crate::merge) on the way, which is how
+//! adapters are merged.
 
 mod chunks;
 mod compare;
@@ -15,11 +17,13 @@ use std::ops::Range;
 
 use chunks::Chunk;
 pub use compare::{Differences, compare};
-use encoding::{Decoder, Encoding};
+use encoding::Encoding;
 pub use measure::measure;
 use run::PackRun;
 
-use crate::quant_state::QuantState;
+use crate::merge::{Changes, OpenChange};
+use crate::packed::Packed;
+use crate::quant_state::{self, QuantState};
 use crate::safetensors::{Checkpoint, Tensor, TensorSpec};
 use crate::stream::{self, Copy, Plan, Run};
 use crate::{Dtype, Error, Float, Result};
@@ -83,13 +87,18 @@ pub struct Recipe {
     pub parts: Vec<Part>,
 }
 
-/// Carry out `recipes` on the tensors of `checkpoint`.
+/// Carry out `recipes` on the tensors of `checkpoint`, with `changes` made to them before.
+///
+/// The tensors that stand beside a packed weight are read with it and in no recipe. A recipe whose source the checkpoint
+/// lacks is one of a tensor that `changes` has in its place.
 ///
 /// # Errors
-/// [`Error::Malformed`] if a tensor is missing, left over or used twice, or does not give what a recipe makes of it.
+/// [`Error::Malformed`] if a tensor is missing, left over or used twice, or does not give what a recipe makes of it; or
+/// if a change is of no source, or not of its shape.
 pub fn plan<'a>(
     checkpoint: &'a Checkpoint,
     recipes: &[Recipe],
+    changes: &'a Changes,
     options: Options,
     max_shard_bytes: u64,
 ) -> Result<Plan<'a>> {
@@ -97,7 +106,7 @@ pub fn plan<'a>(
     let mut made = HashSet::new();
     let mut planned: Vec<Box<dyn stream::Recipe + 'a>> = Vec::new();
     for recipe in recipes {
-        let source = checkpoint.tensor(&recipe.source)?;
+        let source = find(checkpoint, &recipe.source, changes)?;
         for name in std::iter::once(&recipe.source).chain(&recipe.scale) {
             if !used.insert(name.as_str()) {
                 return Err(source.error(format!("{name} is used twice")));
@@ -108,24 +117,40 @@ pub fn plan<'a>(
                 return Err(source.error(format!("{} is made twice", part.name)));
             }
         }
+        let pack = Pack::new(checkpoint, recipe, changes, options)?;
         planned.push(match &recipe.parts[..] {
-            [part] if part.packing.is_none() && recipe.scale.is_none() && part.is_all_of(&source) => {
-                Box::new(Copy::renamed(source, part.name.clone()))
-            }
-            _ => Box::new(Pack::new(checkpoint, recipe, options)?),
+            [part] if pack.change.is_none() && pack.is_copy(part) => Box::new(Copy::new(source, part.name.clone())),
+            _ => Box::new(pack),
         });
     }
-    match checkpoint.tensors().find(|tensor| !used.contains(tensor.info.name.as_str())) {
-        Some(tensor) => Err(tensor.error("is in no recipe")),
-        None => Ok(Plan::new(planned, max_shard_bytes)),
+    let unused = |name: &str| !used.contains(name);
+    let beside = |name: &str| quant_state::weight_of(name).is_some_and(|weight| Packed::is(checkpoint, weight));
+    let left_over = |tensor: &Tensor<'_>| unused(&tensor.info.name) && !beside(&tensor.info.name);
+    if let Some(tensor) = checkpoint.tensors().find(left_over) {
+        return Err(tensor.error("is in no recipe"));
     }
+    if let Some(name) = changes.names().find(|name| unused(name)) {
+        return Err(Error::malformed(checkpoint.path(), format!("{name} is changed, and in no recipe")));
+    }
+    Ok(Plan::new(planned, max_shard_bytes))
+}
+
+/// The source tensor `name`: of the checkpoint, or what takes its place.
+fn find<'a>(checkpoint: &'a Checkpoint, name: &str, changes: &'a Changes) -> Result<Tensor<'a>> {
+    changes.replacement(name)?.map_or_else(|| checkpoint.tensor(name), Ok)
 }
 
 impl Part {
-    /// Whether this is the source as it stands.
-    fn is_all_of(&self, source: &Tensor<'_>) -> bool {
-        let same_type = self.keep_as.is_none_or(|float| float.dtype() == source.info.dtype);
-        same_type && self.shape == source.info.shape && !self.transpose && self.rows == (0, 1) && self.matrix == 0
+    /// Whether this is all of a source of shape `shape`, as it lies there.
+    fn is_all_of(&self, shape: &[u64]) -> bool {
+        self.shape == shape && !self.transpose && self.rows == (0, 1) && self.matrix == 0
+    }
+
+    /// Whether this is all of a source of shape `shape`, or of its transpose.
+    fn is_transposed_or_all_of(&self, shape: &[u64]) -> bool {
+        let transposed: Vec<u64> = shape.iter().rev().copied().collect();
+        let whole = Self { transpose: false, ..self.clone() };
+        whole.is_all_of(if self.transpose { &transposed } else { shape })
     }
 
     /// Number of elements.
@@ -144,6 +169,7 @@ impl Part {
 struct Pack<'a> {
     source: Tensor<'a>,
     encoding: Encoding<'a>,
+    change: Option<OpenChange<'a>>,
     parts: Vec<(Part, Output)>,
     chunks: Vec<Chunk>,
     options: Options,
@@ -152,25 +178,60 @@ struct Pack<'a> {
 /// How a part is stored.
 #[derive(Debug, Clone, PartialEq)]
 enum Output {
-    /// A nested offset, where there is one, is not known yet.
-    Packed(QuantState),
+    /// A nested offset, where there is one, is not known yet. What is packed are values of this type, which is wider than
+    /// the state's where they are a sum.
+    Packed { state: QuantState, values: Float },
     /// Elements of the source in this type; of another float type where that differs from the source's.
     Kept(Dtype),
 }
 
 impl<'a> Pack<'a> {
-    fn new(checkpoint: &'a Checkpoint, recipe: &Recipe, options: Options) -> Result<Self> {
-        let source = checkpoint.tensor(&recipe.source)?;
-        let encoding = Encoding::open(checkpoint, recipe)?;
-        let parts = recipe.parts.iter().map(|part| Ok((part.clone(), output(&source, &encoding, part, options)?)));
+    fn new(checkpoint: &'a Checkpoint, recipe: &Recipe, changes: &'a Changes, options: Options) -> Result<Self> {
+        let source = find(checkpoint, &recipe.source, changes)?;
+        let encoding = match changes.replacement(&recipe.source)? {
+            Some(replacement) => Encoding::Plain(replacement),
+            None => Encoding::open(checkpoint, recipe)?,
+        };
+        let change = changes.open_change(&recipe.source, encoding.shape())?;
+        if change.is_some() && encoding.float().is_none() {
+            return Err(source.error(format!("is {}, which cannot be changed", source.info.dtype.name())));
+        }
+        let output = |part| output(&source, &encoding, part, change.is_some(), options);
+        let parts = recipe.parts.iter().map(|part| Ok((part.clone(), output(part)?)));
         let parts = parts.collect::<Result<Vec<_>>>()?;
         let chunks = chunks::split(&source, &encoding, &recipe.parts)?;
-        Ok(Self { source, encoding, parts, chunks, options })
+        Ok(Self { source, encoding, change, parts, chunks, options })
+    }
+
+    /// Whether `part`, the only one, has the very bytes of the source.
+    fn is_copy(&self, part: &Part) -> bool {
+        let Encoding::Plain(source) = &self.encoding else { return false };
+        part.is_all_of(&source.info.shape) && self.parts[0].1 == Output::Kept(source.info.dtype)
+    }
+
+    /// The type of the values that the part of this number is made of; None where they are no floats.
+    fn taken_as(&self, part: usize) -> Option<Float> {
+        match &self.parts[part].1 {
+            Output::Packed { values, .. } => Some(*values),
+            Output::Kept(dtype) => self.encoding.float().and(Float::from_dtype(*dtype)),
+        }
     }
 }
 
-fn output(source: &Tensor<'_>, encoding: &Encoding<'_>, part: &Part, options: Options) -> Result<Output> {
-    let float = encoding.float();
+fn output(
+    source: &Tensor<'_>,
+    encoding: &Encoding<'_>,
+    part: &Part,
+    changed: bool,
+    options: Options,
+) -> Result<Output> {
+    let float = match encoding {
+        Encoding::Packed(packed) if part.packing.is_some() || !part.is_transposed_or_all_of(&packed.state().shape) => {
+            return Err(source.error(format!("is packed, and {} no float of all of it", part.name)));
+        }
+        Encoding::Packed(packed) => Some(packed.state().dtype),
+        _ => encoding.float(),
+    };
     let Some(packing) = part.packing else {
         let dtype = float.map_or(source.info.dtype, Float::dtype);
         let kept = part.keep_as.map_or(dtype, Float::dtype);
@@ -195,13 +256,13 @@ fn output(source: &Tensor<'_>, encoding: &Encoding<'_>, part: &Part, options: Op
         let (codes, storage) = (crate::nf4::code_bytes(part.elements()), options.storage.name());
         return Err(source.error(format!("{codes} bytes of codes are no whole number of {storage} values")));
     }
-    Ok(Output::Packed(state))
+    Ok(Output::Packed { state, values: if changed { Float::F32 } else { dtype } })
 }
 
 impl stream::Recipe for Pack<'_> {
     fn outputs(&self) -> Vec<TensorSpec> {
         let tensors = self.parts.iter().flat_map(|(part, output)| match output {
-            Output::Packed(state) => state.tensors(&part.name, self.options.storage),
+            Output::Packed { state, .. } => state.tensors(&part.name, self.options.storage),
             Output::Kept(dtype) => {
                 vec![TensorSpec { name: part.name.clone(), dtype: *dtype, shape: part.shape.clone() }]
             }
@@ -214,7 +275,7 @@ impl stream::Recipe for Pack<'_> {
     }
 
     fn beside(&self) -> Vec<Tensor<'_>> {
-        self.encoding.scales().into_iter().collect()
+        self.encoding.beside()
     }
 
     fn chunks(&self) -> Vec<Range<u64>> {

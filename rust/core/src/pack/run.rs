@@ -1,26 +1,94 @@
-//! A source tensor on its way: chunks are decoded, cut into parts, and packed or kept.
+//! A source tensor on its way: chunks are decoded, changed, cut into parts, and packed or kept.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::chunks::Work;
-use super::encoding::Decoder;
+use super::chunks::{Chunk, Work};
+use super::encoding::{Decoder, Elements};
 use super::weight::Weight;
 use super::{Output, Pack, Part};
+use crate::merge::{Applied, Norms, OpenChange, Values};
 use crate::stream::{Run, Sink, WeightError};
-use crate::{Dtype, Float, Result};
+use crate::{Float, Result};
+
+/// What reads the elements of a source.
+pub(super) struct Reader<'p> {
+    pack: &'p Pack<'p>,
+    decoder: Decoder<'p>,
+    change: Option<Applied>,
+}
+
+impl<'p> Reader<'p> {
+    pub(super) fn new(pack: &'p Pack<'p>) -> Result<Self> {
+        let change = pack.change.as_ref().map(OpenChange::read).transpose()?;
+        Ok(Self { pack, decoder: pack.encoding.decoder()?, change })
+    }
+
+    fn elements<'b>(&'b self, chunk: &Chunk, bytes: &'b [u8]) -> Elements<'b> {
+        self.decoder.read(chunk.first, chunk.len, bytes)
+    }
+
+    /// The elements of `chunk`, changed, as values of type `to`; of one that is no float as they are.
+    fn read<'b>(&self, chunk: &Chunk, elements: &'b Elements<'_>, to: Option<Float>) -> Cow<'b, [u8]> {
+        match (&self.change, to) {
+            (Some(change), Some(to)) => {
+                let mut out = vec![0; chunk.len as usize * to.size()];
+                change.apply(&values(chunk, elements), to, &mut out);
+                Cow::Owned(out)
+            }
+            _ => elements.to_bytes(to),
+        }
+    }
+
+    /// Decode a chunk and hand each part in it its elements, with the number of the first one. Returns the chunks that
+    /// `put` wants once more.
+    pub(super) fn cut(
+        &self,
+        chunk: &Chunk,
+        bytes: &[u8],
+        mut put: impl FnMut(usize, u64, &[u8]) -> Result<Range<usize>>,
+    ) -> Result<Range<usize>> {
+        let elements = self.elements(chunk, bytes);
+        match &chunk.work {
+            Work::Run { part, first } => put(*part, *first, &self.read(chunk, &elements, self.pack.taken_as(*part))),
+            Work::Matrix { parts, rows, columns } => {
+                let mut gathered = Vec::new();
+                let mut read: Option<(Option<Float>, Cow<'_, [u8]>)> = None;
+                for part in parts.clone() {
+                    let to = self.pack.taken_as(part);
+                    let (_, all) = match read.take_if(|(as_before, _)| *as_before == to) {
+                        Some(read_before) => read.insert(read_before),
+                        None => read.insert((to, self.read(chunk, &elements, to))),
+                    };
+                    let size = to.map_or(self.pack.source.info.dtype.size() as usize, Float::size);
+                    gather(&self.pack.parts[part].0, all, [*rows, *columns], size, &mut gathered);
+                    let again = put(part, 0, &gathered)?;
+                    debug_assert!(again.is_empty(), "a part that comes whole is done at once");
+                }
+                Ok(0..0)
+            }
+        }
+    }
+}
+
+fn values<'e>(chunk: &Chunk, elements: &'e Elements<'_>) -> Values<impl Fn(usize, &mut [f32]) + use<'e>> {
+    Values { first: chunk.first, len: chunk.len as usize, decode: |at, out| elements.decode(at, out) }
+}
 
 pub(super) struct PackRun<'p> {
     pack: &'p Pack<'p>,
-    decoder: Decoder,
+    reader: Reader<'p>,
     made: Vec<Made<'p>>,
+    /// Chunks that the change has not measured yet.
+    to_measure: AtomicUsize,
 }
 
 /// One part at work, with the index of its first output.
 enum Made<'p> {
     Packed(Box<Weight<'p>>),
-    Kept { output: usize, dtype: Dtype },
+    Kept { output: usize, size: u64 },
 }
 
 impl<'p> PackRun<'p> {
@@ -29,81 +97,61 @@ impl<'p> PackRun<'p> {
         let mut made = Vec::new();
         for (index, (part, how)) in pack.parts.iter().enumerate() {
             made.push(match how {
-                Output::Packed(state) => {
+                Output::Packed { state, values } => {
                     let belongs = |work: &Work| match work {
                         Work::Run { part, .. } => *part == index,
                         Work::Matrix { parts, .. } => parts.contains(&index),
                     };
                     let first = pack.chunks.iter().position(|chunk| belongs(&chunk.work)).unwrap_or(0);
                     let count = pack.chunks[first..].iter().take_while(|chunk| belongs(&chunk.work)).count();
-                    let weight = Weight::new(&part.name, state, pack.options, output, first..first + count);
+                    let weight = Weight::new(&part.name, state, *values, pack.options, output, first..first + count);
                     output += state.tensors(&part.name, pack.options.storage).len();
                     Made::Packed(Box::new(weight))
                 }
                 Output::Kept(dtype) => {
                     output += 1;
-                    Made::Kept { output: output - 1, dtype: *dtype }
+                    Made::Kept { output: output - 1, size: dtype.size() }
                 }
             });
         }
-        Ok(Self { pack, decoder: pack.encoding.decoder()?, made })
+        Ok(Self { pack, reader: Reader::new(pack)?, made, to_measure: AtomicUsize::new(pack.chunks.len()) })
     }
 
-    /// Hand the elements of `part` from `first` on, decoded, to where they go.
-    fn put(&self, part: usize, first: u64, floats: &[u8], sink: &Sink<'_>) -> Result<Range<usize>> {
+    /// Hand the elements of `part` from `first` on to where they go.
+    fn put(&self, part: usize, first: u64, values: &[u8], sink: &Sink<'_>) -> Result<Range<usize>> {
         match &self.made[part] {
             Made::Packed(weight) => {
-                weight.put(first, floats, sink, |index| self.pack.non_finite(&self.pack.parts[part].0, index))
+                weight.put(first, values, sink, |index| self.pack.non_finite(&self.pack.parts[part].0, index))
             }
-            Made::Kept { output, dtype } => {
-                let from = self.pack.encoding.float();
-                let kept = match (from, Float::from_dtype(*dtype)) {
-                    (Some(from), Some(to)) if from != to => Cow::Owned(from.convert(floats, to)),
-                    _ => Cow::Borrowed(floats),
-                };
-                sink.write_at(*output, first * dtype.size(), &kept)?;
+            Made::Kept { output, size } => {
+                sink.write_at(*output, first * size, values)?;
                 Ok(0..0)
             }
         }
     }
 }
 
-/// Decode a chunk of `pack` and hand each part in it its elements as floats, with the number of the first one. Returns
-/// the chunks that `put` wants once more.
-pub(super) fn cut(
-    pack: &Pack<'_>,
-    decoder: &Decoder,
-    chunk: usize,
-    bytes: &[u8],
-    mut put: impl FnMut(usize, u64, &[u8]) -> Result<Range<usize>>,
-) -> Result<Range<usize>> {
-    let chunk = &pack.chunks[chunk];
-    let floats = decoder.decode(chunk.first, bytes);
-    match &chunk.work {
-        Work::Run { part, first } => put(*part, *first, &floats),
-        Work::Matrix { parts, rows, columns } => {
-            let size = pack.encoding.float().map_or(pack.source.info.dtype.size() as usize, Float::size);
-            let mut gathered = Vec::new();
-            for part in parts.clone() {
-                gather(&pack.parts[part].0, &floats, [*rows, *columns], size, &mut gathered);
-                let again = put(part, 0, &gathered)?;
-                debug_assert!(again.is_empty(), "a part that comes whole is done at once");
-            }
-            Ok(0..0)
-        }
-    }
-}
-
 impl Run for PackRun<'_> {
-    fn chunk(&self, chunk: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Range<usize>> {
-        cut(self.pack, &self.decoder, chunk, bytes, |part, first, floats| self.put(part, first, floats, sink))
+    fn chunk(&self, index: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Range<usize>> {
+        let chunk = &self.pack.chunks[index];
+        if let Some(change) = self.reader.change.as_ref().filter(|change| change.to_measure()) {
+            change.measure(&values(chunk, &self.reader.elements(chunk, bytes)));
+            if self.to_measure.fetch_sub(1, Ordering::AcqRel) > 1 {
+                return Ok(0..0);
+            }
+            change.measured().map_err(|reason| self.pack.source.error(reason))?;
+            return Ok(0..self.pack.chunks.len());
+        }
+        self.reader.cut(chunk, bytes, |part, first, values| self.put(part, first, values, sink))
     }
 
     fn comes_again(&self, chunk: usize) -> bool {
-        match &self.pack.chunks[chunk].work {
-            Work::Run { part, .. } => matches!(&self.made[*part], Made::Packed(weight) if weight.comes_again()),
-            Work::Matrix { .. } => false,
-        }
+        let measured = self.reader.change.as_ref().is_some_and(Applied::to_measure);
+        measured
+            || match &self.pack.chunks[chunk].work {
+                Work::Run { part, .. } => matches!(&self.made[*part], Made::Packed(weight) if weight.comes_again()),
+                Work::Matrix { .. } => false,
+            }
     }
 
     fn errors(&self) -> BTreeMap<String, WeightError> {
@@ -112,6 +160,10 @@ impl Run for PackRun<'_> {
             Made::Kept { .. } => None,
         });
         errors.collect()
+    }
+
+    fn change(&self) -> Option<Norms> {
+        self.reader.change.as_ref().map(Applied::norms)
     }
 }
 

@@ -14,13 +14,15 @@ use crate::quant_state::QuantState;
 use crate::search::{self, Candidates, Map, Values};
 use crate::stream::{Sink, WeightError};
 use crate::sync::lock;
-use crate::{Error, Result};
+use crate::{Error, Float, Result};
 
 static CANDIDATES: LazyLock<Candidates> = LazyLock::new(Candidates::default);
 
 pub(super) struct Weight<'p> {
     name: &'p str,
     state: &'p QuantState,
+    /// What the values that are packed come as.
+    float: Float,
     /// Index of the codes among the recipe's outputs; the rest follows, in the order of [`QuantState::tensors`].
     output: usize,
     /// The recipe's chunks that hold this weight.
@@ -72,6 +74,7 @@ impl<'p> Weight<'p> {
     pub(super) fn new(
         name: &'p str,
         state: &'p QuantState,
+        float: Float,
         options: Options,
         output: usize,
         chunks: Range<usize>,
@@ -82,7 +85,7 @@ impl<'p> Weight<'p> {
         };
         let (blocks, exact) = (Blocks::default(), Blocks::default());
         let progress = Progress { pass, left: chunks.len(), blocks, exact, exact_error: None, error: None };
-        Self { name, state, output, chunks, progress: Mutex::new(progress) }
+        Self { name, state, float, output, chunks, progress: Mutex::new(progress) }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -124,7 +127,7 @@ impl<'p> Weight<'p> {
         sink: &Sink<'_>,
         non_finite: &impl Fn(u64) -> Error,
     ) -> Result<Range<usize>> {
-        let QuantState { blocksize, dtype, .. } = *self.state;
+        let (blocksize, dtype) = (self.state.blocksize, self.float);
         let first_block = (first / blocksize as u64) as usize;
         let elements = bytes.len() / dtype.size();
         let mut codes = vec![0; elements.div_ceil(2)];

@@ -53,8 +53,12 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Malformed`], naming the first file, if there is none.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
-        let path = self.files.first().map_or(Path::new(""), File::path);
-        self.get(name).ok_or_else(|| Error::malformed(path, format!("no tensor {name}")))
+        self.get(name).ok_or_else(|| Error::malformed(self.path(), format!("no tensor {name}")))
+    }
+
+    /// Where the first file is.
+    pub fn path(&self) -> &Path {
+        self.files.first().map_or(Path::new(""), File::path)
     }
 
     /// The tensor of this name, if there is one.

@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::WeightError;
+use crate::merge::Norms;
 use crate::sync::lock;
 use crate::{Error, Result};
 
@@ -25,13 +26,14 @@ const NEW: &str = ".journal.new";
 /// One finished recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Entry {
-    /// Name of the source tensor.
-    pub(super) source: String,
+    /// The recipe's name, which no other of the plan has.
+    pub(super) recipe: String,
     /// Digests of the source tensor and of those read beside it.
     pub(super) sources: Vec<String>,
     /// Digests of the outputs.
     pub(super) outputs: Vec<String>,
     pub(super) errors: BTreeMap<String, WeightError>,
+    pub(super) change: Option<Norms>,
 }
 
 pub(super) struct Journal {
@@ -56,7 +58,7 @@ impl Journal {
             for line in lines.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
                 let Ok(entry) = serde_json::from_str::<Entry>(line) else { break };
                 kept += line;
-                entries.insert(entry.source.clone(), entry);
+                entries.insert(entry.recipe.clone(), entry);
             }
         }
         // Written anew without a torn end, so that what is appended stands on a line of its own.
@@ -72,12 +74,12 @@ impl Journal {
         Self { path: PathBuf::new(), file: None, entries: Mutex::default() }
     }
 
-    pub(super) fn entry(&self, source: &str) -> Option<Entry> {
-        lock(&self.entries).get(source).cloned()
+    pub(super) fn entry(&self, recipe: &str) -> Option<Entry> {
+        lock(&self.entries).get(recipe).cloned()
     }
 
-    pub(super) fn forget(&self, source: &str) {
-        lock(&self.entries).remove(source);
+    pub(super) fn forget(&self, recipe: &str) {
+        lock(&self.entries).remove(recipe);
     }
 
     pub(super) fn add(&self, entry: Entry) -> Result<()> {
@@ -87,7 +89,7 @@ impl Journal {
             let mut file = lock(file);
             file.write_all(&line).map_err(Error::io(&self.path))?;
         }
-        lock(&self.entries).insert(entry.source.clone(), entry);
+        lock(&self.entries).insert(entry.recipe.clone(), entry);
         Ok(())
     }
 

@@ -25,7 +25,7 @@ use std::{fs, thread};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-pub use copy::{Cast, Copy};
+pub use copy::Copy;
 pub use journal::NAME as JOURNAL_NAME;
 use journal::{Entry, Journal};
 use queue::{Queue, Task};
@@ -33,6 +33,7 @@ use shard::Shard;
 pub use shard::Sink;
 
 use crate::digest;
+use crate::merge::Norms;
 use crate::safetensors::{File, Tensor, TensorSpec, Writer};
 use crate::sync::lock;
 use crate::{Error, Job, Result};
@@ -90,6 +91,11 @@ pub trait Run: Send + Sync {
         BTreeMap::new()
     }
 
+    /// How much the source was changed on its way, if it was. Asked for after the last chunk.
+    fn change(&self) -> Option<Norms> {
+        None
+    }
+
     /// Whether the only output holds the very bytes of the source.
     fn is_copy(&self) -> bool {
         false
@@ -144,6 +150,8 @@ pub struct Plan<'a> {
 
 struct Planned<'a> {
     recipe: Box<dyn Recipe + 'a>,
+    /// Of its first output, or else of its source: no two recipes of a plan have the same.
+    name: String,
     outputs: Vec<TensorSpec>,
     /// Index of the shard, and of the first output in it; None where there are no outputs.
     place: Option<(usize, usize)>,
@@ -171,6 +179,8 @@ pub struct Written {
     pub source_fingerprint: String,
     /// How far the packed weights are from their sources.
     pub errors: BTreeMap<String, WeightError>,
+    /// How much the weights were changed that were, by the name of the source.
+    pub changes: BTreeMap<String, Norms>,
     /// Source bytes whose outputs an earlier run had written.
     pub resumed_bytes: u64,
 }
@@ -185,8 +195,9 @@ impl<'a> Plan<'a> {
         let mut room = 0;
         for recipe in recipes {
             let outputs = recipe.outputs();
+            let name = outputs.first().map_or(&recipe.source().info.name, |output| &output.name).clone();
             if outputs.is_empty() {
-                planned.push(Planned { recipe, outputs, place: None });
+                planned.push(Planned { recipe, name, outputs, place: None });
                 continue;
             }
             let bytes: u64 = outputs.iter().map(TensorSpec::bytes).sum();
@@ -201,7 +212,7 @@ impl<'a> Plan<'a> {
             let place = Some((shard, groups[shard].len()));
             groups[shard].extend(outputs.iter().cloned());
             counts[shard] += 1;
-            planned.push(Planned { recipe, outputs, place });
+            planned.push(Planned { recipe, name, outputs, place });
         }
         let total = groups.len();
         let shards = groups.into_iter().zip(counts).enumerate();
@@ -236,7 +247,7 @@ impl<'a> Plan<'a> {
     /// The first error of a recipe, or [`Error::Cancelled`].
     ///
     /// # Panics
-    /// If a recipe panics, or if two recipes read one source tensor.
+    /// If a recipe panics, or if two recipes make one tensor first, or read one and make nothing.
     pub fn write(self, dir: &Path, inputs: &str, threads: usize, supply: &dyn Supply, job: &Job) -> Result<Written> {
         let journal = Journal::open(dir, &self.key(inputs))?;
         let (entries, resumed_bytes) = self.carry_out(Some(dir), journal, threads, supply, job)?;
@@ -269,8 +280,8 @@ impl<'a> Plan<'a> {
         supply: &dyn Supply,
         job: &Job,
     ) -> Result<(HashMap<String, Entry>, u64)> {
-        let sources: HashSet<_> = self.recipes.iter().map(|planned| &planned.recipe.source().info.name).collect();
-        assert_eq!(sources.len(), self.recipes.len(), "two recipes read one source tensor");
+        let names: HashSet<_> = self.recipes.iter().map(|planned| &planned.name).collect();
+        assert_eq!(names.len(), self.recipes.len(), "two recipes have one name");
         let mut files: HashMap<&Path, AtomicUsize> = HashMap::new();
         for file in self.recipes.iter().flat_map(Planned::files) {
             *files.entry(file.path()).or_default().get_mut() += 1;
@@ -323,12 +334,13 @@ impl<'a> Plan<'a> {
             fingerprint: String::new(),
             source_fingerprint: String::new(),
             errors: BTreeMap::new(),
+            changes: BTreeMap::new(),
             resumed_bytes,
         };
         let (mut stored, mut sources) = (digest::Fingerprint::default(), digest::Fingerprint::default());
         for planned in &self.recipes {
             let source = planned.recipe.source();
-            let entry = &entries[&source.info.name];
+            let entry = &entries[&planned.name];
             let beside = planned.recipe.beside();
             for (tensor, digest) in std::iter::once(source).chain(beside).zip(&entry.sources) {
                 sources.add(&tensor.info.name, tensor.info.dtype, &tensor.info.shape, digest);
@@ -338,6 +350,7 @@ impl<'a> Plan<'a> {
                 written.digests.insert(spec.name.clone(), digest::line(spec.dtype, &spec.shape, digest));
             }
             written.errors.extend(entry.errors.clone());
+            written.changes.extend(entry.change.map(|change| (source.info.name.clone(), change)));
         }
         written.fingerprint = stored.finish();
         written.source_fingerprint = sources.finish();
@@ -415,13 +428,13 @@ impl<'w> Work<'w> {
 
     fn read_recipe(&self, planned: &'w Planned<'w>) -> Result<()> {
         let source = planned.recipe.source();
-        if let Some(entry) = self.journal.entry(&source.info.name) {
+        if let Some(entry) = self.journal.entry(&planned.name) {
             if self.digests(planned)? == entry.outputs {
                 self.queue.count_resumed(source.info.bytes());
                 self.job.advance(source.info.bytes())?;
                 return self.recipe_done(planned);
             }
-            self.journal.forget(&source.info.name);
+            self.journal.forget(&planned.name);
         }
         if self.supply.fetches() && !planned.files().all(File::is_elsewhere) {
             self.queue.wait_idle();
@@ -520,8 +533,8 @@ impl<'w> Work<'w> {
     fn finish(&self, running: &Running<'w>) -> Result<()> {
         let sources = running.sources.get().expect("set before the last chunk").clone();
         let outputs = if running.run.is_copy() { sources.clone() } else { self.digests(running.planned)? };
-        let source = running.planned.recipe.source().info.name.clone();
-        self.journal.add(Entry { source, sources, outputs, errors: running.run.errors() })?;
+        let (errors, change) = (running.run.errors(), running.run.change());
+        self.journal.add(Entry { recipe: running.planned.name.clone(), sources, outputs, errors, change })?;
         self.recipe_done(running.planned)
     }
 

@@ -1,0 +1,125 @@
+//! Reading factors into memory: rows of the weight that are changed by the same terms share one pair of matrices.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+use std::rc::Rc;
+
+use super::Term;
+use crate::Result;
+use crate::safetensors::Tensor;
+
+/// A matrix in a tensor that has been found, all of it in the tensor.
+#[derive(Debug)]
+pub(super) struct ReadView<'a> {
+    pub(super) tensor: Tensor<'a>,
+    offset: usize,
+    strides: [usize; 2],
+    size: [usize; 2],
+}
+
+impl<'a> ReadView<'a> {
+    pub(super) fn new(tensor: Tensor<'a>, offset: u64, strides: [u64; 2], size: [u64; 2]) -> Result<Self> {
+        let steps = size.iter().zip(strides).map(|(size, stride)| size.saturating_sub(1).saturating_mul(stride));
+        let last = steps.fold(offset, u64::saturating_add);
+        let elements = tensor.info.elements();
+        if last >= elements {
+            let [rows, columns] = size;
+            let what = format!("a matrix of {rows} x {columns} from element {offset} on, in steps of {strides:?}");
+            return Err(tensor.error(format!("of shape {:?} does not hold {what}", tensor.info.shape)));
+        }
+        let [strides, size] = [strides, size].map(|pair| pair.map(|value| value as usize));
+        Ok(Self { tensor, offset: offset as usize, strides, size })
+    }
+
+    /// The element (row, column) of this view of the tensor's elements `all`.
+    fn at(&self, all: &[f32], row: usize, column: usize) -> f32 {
+        all[self.offset + row * self.strides[0] + column * self.strides[1]]
+    }
+}
+
+/// Rows that are changed by the same terms, whose ranks are counted through: `rank` is their sum.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub(super) rows: Range<usize>,
+    pub(super) rank: usize,
+    /// (rows, rank)
+    pub(super) left: Vec<f32>,
+    /// (rank, columns)
+    pub(super) right: Vec<f32>,
+    /// Rank and scale of each term.
+    pub(super) terms: Vec<(usize, f64)>,
+}
+
+impl Segment {
+    /// The segments of all rows that `terms` change, ascending.
+    pub(super) fn read_all(terms: &[Term<'_>], columns: usize) -> Result<Vec<Self>> {
+        let mut known = Known::default();
+        let ends: BTreeSet<usize> = terms.iter().flat_map(|term| [term.rows.start, term.rows.end]).collect();
+        let ends: Vec<usize> = ends.into_iter().collect();
+        let mut segments = Vec::new();
+        for bounds in ends.windows(2) {
+            let rows = bounds[0]..bounds[1];
+            let active: Vec<_> = terms.iter().filter(|term| term.rows.contains(&rows.start)).collect();
+            if !active.is_empty() {
+                segments.push(Self::read(&active, rows, columns, &mut known)?);
+            }
+        }
+        Ok(segments)
+    }
+
+    fn read(terms: &[&Term<'_>], rows: Range<usize>, columns: usize, known: &mut Known) -> Result<Self> {
+        let rank = terms.iter().map(|term| term.left.size[1]).sum();
+        let (mut left, mut right) = (vec![0.0; rows.len() * rank], Vec::with_capacity(rank * columns));
+        let mut first = 0;
+        for term in terms {
+            let r = term.left.size[1];
+            let all = known.floats(&term.left.tensor)?;
+            for (row, values) in (rows.start - term.rows.start..).zip(left.chunks_exact_mut(rank)) {
+                for (column, value) in values[first..first + r].iter_mut().enumerate() {
+                    *value = term.left.at(&all, row, column);
+                }
+            }
+            let all = known.floats(&term.right.tensor)?;
+            for row in 0..r {
+                right.extend((0..columns).map(|column| term.right.at(&all, row, column)));
+            }
+            first += r;
+        }
+        let terms = terms.iter().map(|term| (term.left.size[1], term.scale)).collect();
+        Ok(Self { rows, rank, left, right, terms })
+    }
+
+    /// The squared Frobenius norm of the change: the sum over all pairs of ranks of the products of `L^T L` and `R R^T`.
+    pub(super) fn squared_norm(&self) -> f64 {
+        let scales: Vec<f64> = self.terms.iter().flat_map(|&(r, scale)| vec![scale; r]).collect();
+        let columns = self.right.len() / self.rank;
+        let mut total = 0.0;
+        for first in 0..self.rank {
+            for second in 0..=first {
+                let rows = self.left.chunks_exact(self.rank);
+                let left: f64 = rows.map(|row| f64::from(row[first]) * f64::from(row[second])).sum();
+                let [a, b] = [first, second].map(|rank| &self.right[rank * columns..][..columns]);
+                let right: f64 = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                let twice = if first == second { 1.0 } else { 2.0 };
+                total += twice * scales[first] * scales[second] * left * right;
+            }
+        }
+        total.max(0.0)
+    }
+}
+
+/// Tensors that have been read, by file and name: the experts of a weight share theirs.
+#[derive(Default)]
+struct Known(HashMap<(*const u8, String), Rc<Vec<f32>>>);
+
+impl Known {
+    fn floats(&mut self, tensor: &Tensor<'_>) -> Result<Rc<Vec<f32>>> {
+        let key = (std::ptr::from_ref(tensor.file).cast(), tensor.info.name.clone());
+        if let Some(floats) = self.0.get(&key) {
+            return Ok(floats.clone());
+        }
+        let floats = Rc::new(tensor.read_floats()?);
+        self.0.insert(key, floats.clone());
+        Ok(floats)
+    }
+}
