@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qpack import fit
+from qpack import estimate
 from qpack._core import LEVELS
 from qpack.conversion import ConvertReport, DryRun
 from qpack.errors import CheckpointError
 from qpack.inspection import Examination, Inspection, Kind, TensorReport
 from qpack.sizes import format_size
+from qpack.training.settings import TrainSettings
 
 
 def summary(inspection: Inspection) -> dict[str, str]:
@@ -148,13 +149,33 @@ def print_dry_run(destination: Path, dry: DryRun) -> None:
         room += f" and {format_size(dry.scratch_bytes)} of shards meanwhile"
     lines["disk"] = room if dry.fits_disk else f"NO ROOM: {room}"
     try:
-        model = fit.Model.of(dry.config, dry.plan.packed, dry.bytes)
+        kept = {part.name: part.shape for part in parts if not part.packing}
+        in_16_bits = 2 * sum(part.weights for part in parts if not part.packing)
+        model = estimate.Model.of(dry.config, dry.plan.packed, dry.bytes - in_16_bits, kept)
     except CheckpointError as error:
         lines["GPU"] = str(error)
     else:
-        lines["serving"] = str(fit.serving(model)).partition(": ")[2]
-        lines["training"] = str(fit.training(model)).partition(": ")[2]
+        lines["serving"] = str(estimate.serving(model)).partition(": ")[2]
+        lines["training"] = str(estimate.training(model)).partition(": ")[2]
     _show([Text(f"{destination} (dry run, nothing is written)", style="bold"), _pairs(lines)])
+
+
+def print_estimate(base: Path, found: estimate.Fit, settings: TrainSettings) -> None:
+    """Print what training needs by part, whether it fits, how far it could go, and what to change where it does not."""
+    need, device = found.need, found.device
+    lines = {name: format_size(size) for name, size in need.parts.items()}
+    paged = f", {format_size(need.pageable)} of it can be paged out" if need.pageable else ""
+    lines["in all"] = format_size(need.bytes) + paged
+    lines["fits"] = f"{'yes' if found.fits else 'NO'}: {format_size(device.bytes)}, {device.name}"
+    if found.nearest:
+        lines["nearest"] = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.nearest.items())
+    elif found.nearest is None:
+        lines["nearest"] = "none: not even one short sequence fits"
+    if found.longest:
+        lines["longest"] = f"--max-length {found.longest} at --batch-size {settings.batch_size}"
+    if found.largest:
+        lines["largest"] = f"--batch-size {found.largest} at --max-length {settings.max_length}"
+    _show([Text(f"{base}: {need.purpose}", style="bold"), _pairs(lines)])
 
 
 def _kept(reasons: Iterable[tuple[str, int]]) -> dict[str, str]:
