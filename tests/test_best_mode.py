@@ -1,4 +1,4 @@
-"""`qpack convert --mode best`: whole files, in which chunks are seen twice."""
+"""`qpack convert --mode best`: whole files, of which some chunks are seen twice."""
 
 from pathlib import Path
 
@@ -24,16 +24,26 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_chunks_make_what_the_whole_weight_makes(double_quant: bool, tmp_path: Path) -> None:
-    """1.1 million weights are three chunks, on any number of threads."""
-    weight = torch.randn(1000, 1104, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("rows", "blocksize", "double_quant"),
+    [
+        pytest.param(1000, 64, True, id="three chunks, all of them the sample"),
+        pytest.param(8000, 64, True, id="seventeen chunks, sixteen of them the sample"),
+        pytest.param(2000, 4096, True, id="chunks of half a group of scales"),
+        pytest.param(1000, 64, False, id="without double quantization"),
+    ],
+)
+def test_chunks_make_what_the_whole_weight_makes(rows: int, blocksize: int, double_quant: bool, tmp_path: Path) -> None:
+    """A chunk is half a million weights; the levels of scales are fitted to the first 131,072 of them."""
+    weight = torch.randn(rows, 1104, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    weight[rows // 2 :] *= 3
     source = write_weight(tmp_path / "source", weight)
     for threads in (1, 3):
-        qpack.convert(source, tmp_path / f"{threads}", mode="best", double_quant=double_quant, threads=threads)
+        output = tmp_path / f"{threads}"
+        qpack.convert(source, output, mode="best", double_quant=double_quant, blocksize=blocksize, threads=threads)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
     stored = load_file(tmp_path / "1" / "model.safetensors")
-    expected = qpack.quantize(weight, mode="best", double_quant=double_quant).tensors(NAME)
+    expected = qpack.quantize(weight, mode="best", double_quant=double_quant, blocksize=blocksize).tensors(NAME)
     for key, value in expected.items():
         if not key.endswith("__nf4"):  # which convert pads with spaces
             assert (stored[key].numpy() == value).all(), key

@@ -118,6 +118,17 @@ def test_rows_of_different_size_keep_their_gain() -> None:
     assert found <= 1.003 * free
 
 
+def test_scales_unlike_those_that_levels_were_fitted_to_keep_their_gain() -> None:
+    """Levels are fitted to the first 131,072 scales: here those of equal rows, before rows of different size."""
+    weights = drawn("gaussian", 2560, 4096)
+    weights[2048:] *= torch.exp(torch.randn(512, 1)).to(torch.bfloat16)
+    found, free = (
+        mean_squared_error(weights[2048:], best(weights, double_quant=double).decoded()[2048 * 4096 * 4 :])
+        for double in (True, False)
+    )
+    assert found <= 1.01 * free  # 1.20 without the share of the unseen
+
+
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitsandbytes_decodes_the_same_values(dtype: str, double_quant: bool) -> None:
@@ -156,7 +167,7 @@ def block_errors(blocks: F64, scales: F64) -> F64:
 
 
 def test_scales_are_near_the_best_of_all() -> None:
-    """Against every ratio from 0.7 to 1.5 of both signs in steps of 0.0025: within 0.5 % of the least error in all."""
+    """Against every ratio from 0.7 to 1.5 of both signs in steps of 0.0025: within 1 % of the least error in all."""
     for name in ("gaussian", "student-t5"):
         weights = drawn(name, 64, 512, seed=1)
         blocks = weights.double().reshape(-1, 64).numpy()
@@ -166,11 +177,11 @@ def test_scales_are_near_the_best_of_all() -> None:
             for sign in (1, -1):
                 least = np.minimum(least, block_errors(blocks, sign * ratio * absmax))
         found = block_errors(blocks, best(weights, double_quant=False).scales.astype(np.float64))
-        assert found.sum() <= 1.005 * least.sum()
+        assert found.sum() <= 1.01 * least.sum()
 
 
 def searched(blocks: F64) -> F64:
-    """The search as its description says, in f64: rank on a grid of 118 steps, improve two, then the better."""
+    """The search as its description says, in f64: rank on a grid of 118 steps, improve the best."""
     absmax = np.abs(blocks).max(1)
     values = blocks / absmax[:, None]
     grid = np.rint(values * 118)
@@ -180,18 +191,12 @@ def searched(blocks: F64) -> F64:
         levels = np.minimum(np.rint(np.abs(oracle.LEVELS) * abs(candidate) * 118), 127) * np.sign(oracle.LEVELS)
         distances = np.abs(grid[..., None] * np.sign(candidate) - levels).min(-1)
         errors.append(np.square(distances).sum(1))
-    best_two = candidates[np.argsort(np.array(errors), axis=0, kind="stable")[:2]]
-
-    def fit(ratios: F64) -> tuple[F64, F64]:
-        levels = nearest_levels(values / ratios[:, None])
-        product, square = (values * levels).sum(1), np.square(levels).sum(1)
-        return product / square, product**2 / square
-
-    (first, first_explains), (second, second_explains) = fit(best_two[0]), fit(best_two[1])
-    ratios, explained = fit(np.where(second_explains > first_explains, second, first))
+    best = candidates[np.argmin(errors, axis=0)]
+    levels = nearest_levels(values / best[:, None])
+    product, square = (values * levels).sum(1), np.square(levels).sum(1)
     squares = np.square(values).sum(1)
-    better = squares - explained + 1e-5 * squares < block_errors(values, np.ones(len(values)))
-    scales: F64 = np.where(better, ratios, 1.0) * absmax
+    better = squares - product**2 / square + 1e-5 * squares < block_errors(values, np.ones(len(values)))
+    scales: F64 = np.where(better, product / square, 1.0) * absmax
     return scales
 
 
@@ -205,7 +210,7 @@ def test_scales_are_the_oracle_s(blocksize: int) -> None:
     assert same.mean() >= 0.998
 
 
-def test_a_snapped_scale_is_a_level_about_the_free_one() -> None:
+def test_a_snapped_scale_is_the_level_nearest_to_the_free_one() -> None:
     weights = drawn("gaussian", 64, 4096, seed=3)
     packed, free = best(weights, double_quant=True), best(weights, double_quant=False).scales
     nested = packed.state.state2
@@ -213,10 +218,10 @@ def test_a_snapped_scale_is_a_level_about_the_free_one() -> None:
     assert (np.diff(levels) >= 0).all()
     assert (nested.absmax.numpy() == np.abs(free).reshape(-1, 256).max(1)).all()
     ratio = (free.reshape(-1, 256) / nested.absmax.numpy()[:, None]).reshape(-1)
-    above = np.searchsorted(levels, ratio).clip(1, 255)
     codes = packed.state.absmax.numpy()
-    assert ((codes == above) | (codes == above - 1)).all()
-    # A scale of least error has codes that are nearest under it.
+    distance = np.abs(levels[codes] - ratio)
+    assert (distance <= np.abs(levels[:, None] - ratio).min(0) + 1e-7).all()
+    # Codes are nearest under it.
     blocks = weights.float().reshape(-1, 64).numpy()
     unpacked = np.frombuffer(packed.codes, np.uint8)
     unpacked = np.stack([unpacked >> 4, unpacked & 15], axis=1).reshape(blocks.shape)

@@ -39,27 +39,28 @@ fn bench(criterion: &mut Criterion) {
         bencher.iter(|| nf4::quantize(black_box(&source), Float::BF16, BLOCKSIZE, &mut scales, &mut codes));
     });
     group.bench_function("scales", |bencher| {
-        bencher.iter(|| search::scales(black_box(values), None, BLOCKSIZE, &candidates, &mut scales));
+        bencher.iter(|| search::scales(black_box(values), None, BLOCKSIZE, &candidates, f32::MAX, &mut scales));
     });
     let ones = vec![1.0; 1024];
     group.bench_function("scales, weighted", |bencher| {
         let mut scales = scales.clone();
-        bencher.iter(|| search::scales(black_box(values), Some(&ones), BLOCKSIZE, &candidates, &mut scales));
+        bencher.iter(|| search::scales(black_box(values), Some(&ones), BLOCKSIZE, &candidates, f32::MAX, &mut scales));
     });
     group.bench_function("fit", |bencher| bencher.iter(|| Map::fit(black_box(&scales), None)));
-    let map = Map::fit(&scales, None);
+    let (map, absmax) = (Map::fit(&scales, None), search::absmax(&scales));
     group.bench_function("snap", |bencher| {
         let mut snapped = scales.clone();
         bencher.iter(|| {
             snapped.copy_from_slice(&scales);
-            map.snap(black_box(values), None, BLOCKSIZE, 0, &mut snapped, &mut nested, &mut codes);
+            map.snap(black_box(values), BLOCKSIZE, 0, &absmax, &mut snapped, &mut nested, &mut codes);
         });
     });
     group.bench_function("best", |bencher| {
         bencher.iter(|| {
-            search::scales(black_box(values), None, BLOCKSIZE, &candidates, &mut scales)?;
+            search::scales(black_box(values), None, BLOCKSIZE, &candidates, f32::MAX, &mut scales)?;
             let map = Map::fit(&scales, None);
-            map.snap(black_box(values), None, BLOCKSIZE, 0, &mut scales, &mut nested, &mut codes);
+            let absmax = search::absmax(&scales);
+            map.snap(black_box(values), BLOCKSIZE, 0, &absmax, &mut scales, &mut nested, &mut codes);
             Ok::<_, usize>(())
         });
     });

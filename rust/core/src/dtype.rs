@@ -97,6 +97,15 @@ impl Float {
         }
     }
 
+    /// The largest finite value.
+    pub fn max(self) -> f32 {
+        match self {
+            Self::BF16 => half::bf16::MAX.to_f32(),
+            Self::F16 => f16::MAX.to_f32(),
+            Self::F32 => f32::MAX,
+        }
+    }
+
     /// The float type that torch gives this name.
     pub fn from_torch_name(name: &str) -> Option<Self> {
         [Self::BF16, Self::F16, Self::F32].into_iter().find(|float| float.torch_name() == name)

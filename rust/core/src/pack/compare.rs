@@ -218,9 +218,9 @@ impl CompareRun<'_> {
 }
 
 impl Run for CompareRun<'_> {
-    fn chunk(&self, chunk: usize, bytes: &[u8], _sink: &Sink<'_>) -> Result<Range<usize>> {
+    fn chunk(&self, chunk: usize, bytes: &[u8], _sink: &Sink<'_>) -> Result<Vec<usize>> {
         self.reader.cut(&self.compare.pack.chunks[chunk], bytes, |part, first, floats| {
-            self.compare_part(part, first, floats).map(|()| 0..0)
+            self.compare_part(part, first, floats).map(|()| Vec::new())
         })
     }
 

@@ -67,8 +67,8 @@ impl stream::Recipe for Measure<'_> {
 struct MeasureRun<'a>(Vec<PackRun<'a>>);
 
 impl Run for MeasureRun<'_> {
-    fn chunk(&self, chunk: usize, bytes: &[u8], _sink: &Sink<'_>) -> Result<Range<usize>> {
-        let mut again = 0..0;
+    fn chunk(&self, chunk: usize, bytes: &[u8], _sink: &Sink<'_>) -> Result<Vec<usize>> {
+        let mut again = Vec::new();
         for way in &self.0 {
             again = way.chunk(chunk, bytes, &Sink::nowhere())?;
         }

@@ -2,12 +2,11 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::chunks::{Chunk, Work};
 use super::encoding::{Decoder, Elements};
-use super::weight::Weight;
+use super::weight::{Piece, Weight};
 use super::{Output, Pack, Part};
 use crate::merge::{Applied, Norms, OpenChange, Values};
 use crate::stream::{Run, Sink, WeightError};
@@ -48,8 +47,8 @@ impl<'p> Reader<'p> {
         &self,
         chunk: &Chunk,
         bytes: &[u8],
-        mut put: impl FnMut(usize, u64, &[u8]) -> Result<Range<usize>>,
-    ) -> Result<Range<usize>> {
+        mut put: impl FnMut(usize, u64, &[u8]) -> Result<Vec<usize>>,
+    ) -> Result<Vec<usize>> {
         let elements = self.elements(chunk, bytes);
         match &chunk.work {
             Work::Run { part, first } => put(*part, *first, &self.read(chunk, &elements, self.pack.taken_as(*part))),
@@ -67,7 +66,7 @@ impl<'p> Reader<'p> {
                     let again = put(part, 0, &gathered)?;
                     debug_assert!(again.is_empty(), "a part that comes whole is done at once");
                 }
-                Ok(0..0)
+                Ok(Vec::new())
             }
         }
     }
@@ -104,7 +103,12 @@ impl<'p> PackRun<'p> {
                     };
                     let first = pack.chunks.iter().position(|chunk| belongs(&chunk.work)).unwrap_or(0);
                     let count = pack.chunks[first..].iter().take_while(|chunk| belongs(&chunk.work)).count();
-                    let weight = Weight::new(&part.name, state, *values, pack.options, output, first..first + count);
+                    let step = match pack.chunks[first..first + count] {
+                        [_, Chunk { work: Work::Run { first, .. }, .. }, ..] => first,
+                        _ => part.elements(),
+                    };
+                    let chunks = first..first + count;
+                    let weight = Weight::new(&part.name, state, *values, pack.options, output, chunks, step);
                     output += state.tensors(&part.name, pack.options.storage).len();
                     Made::Packed(Box::new(weight))
                 }
@@ -117,39 +121,41 @@ impl<'p> PackRun<'p> {
         Ok(Self { pack, reader: Reader::new(pack)?, made, to_measure: AtomicUsize::new(pack.chunks.len()) })
     }
 
-    /// Hand the elements of `part` from `first` on to where they go.
-    fn put(&self, part: usize, first: u64, values: &[u8], sink: &Sink<'_>) -> Result<Range<usize>> {
+    /// Hand elements of `part` to where they go.
+    fn put(&self, part: usize, piece: Piece<'_>, sink: &Sink<'_>) -> Result<Vec<usize>> {
         match &self.made[part] {
             Made::Packed(weight) => {
-                weight.put(first, values, sink, |index| self.pack.non_finite(&self.pack.parts[part].0, index))
+                weight.put(piece, sink, |index| self.pack.non_finite(&self.pack.parts[part].0, index))
             }
             Made::Kept { output, size } => {
-                sink.write_at(*output, first * size, values)?;
-                Ok(0..0)
+                sink.write_at(*output, piece.first * size, piece.bytes)?;
+                Ok(Vec::new())
             }
         }
     }
 }
 
 impl Run for PackRun<'_> {
-    fn chunk(&self, index: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Range<usize>> {
+    fn chunk(&self, index: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Vec<usize>> {
         let chunk = &self.pack.chunks[index];
         if let Some(change) = self.reader.change.as_ref().filter(|change| change.to_measure()) {
             change.measure(&values(chunk, &self.reader.elements(chunk, bytes)));
             if self.to_measure.fetch_sub(1, Ordering::AcqRel) > 1 {
-                return Ok(0..0);
+                return Ok(Vec::new());
             }
             change.measured().map_err(|reason| self.pack.source.error(reason))?;
-            return Ok(0..self.pack.chunks.len());
+            return Ok((0..self.pack.chunks.len()).collect());
         }
-        self.reader.cut(chunk, bytes, |part, first, values| self.put(part, first, values, sink))
+        self.reader.cut(chunk, bytes, |part, first, bytes| self.put(part, Piece { chunk: index, first, bytes }, sink))
     }
 
     fn comes_again(&self, chunk: usize) -> bool {
         let measured = self.reader.change.as_ref().is_some_and(Applied::to_measure);
         measured
             || match &self.pack.chunks[chunk].work {
-                Work::Run { part, .. } => matches!(&self.made[*part], Made::Packed(weight) if weight.comes_again()),
+                Work::Run { part, .. } => {
+                    matches!(&self.made[*part], Made::Packed(weight) if weight.comes_again(chunk))
+                }
                 Work::Matrix { .. } => false,
             }
     }

@@ -1,9 +1,12 @@
 //! One weight being packed: codes chunk by chunk; scales, error and quant state when all of them have been seen.
 //!
-//! In exact mode once is enough. Best mode sees the chunks twice with double quantization, since the levels of the scales
-//! are fitted to all of them before the codes can be picked. It also keeps the sums that tell the error of exact mode,
-//! and should that be smaller, which is rare, the chunks are seen once more and packed exactly.
+//! In exact mode once is enough. In best mode with double quantization the levels of the scales are fitted to those of the
+//! first chunks, the sample. What is searched before the fit waits for it and is seen once more; everything else is
+//! searched and packed in one go. A scale is stored relative to the largest of its group of 256, so where chunks do not
+//! hold whole groups, all of them are the sample. Best mode also keeps the sums that tell the error of exact mode, and
+//! should that be smaller, which is rare, the chunks are seen once more and packed exactly.
 
+use std::mem::take;
 use std::ops::Range;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
@@ -11,12 +14,15 @@ use super::{Mode, Options};
 use crate::nested::{self, Nested};
 use crate::nf4::{self, Moments};
 use crate::quant_state::QuantState;
-use crate::search::{self, Candidates, Map, Values};
+use crate::search::{self, Candidates, Map, SAMPLE, Values};
 use crate::stream::{Sink, WeightError};
 use crate::sync::lock;
 use crate::{Error, Float, Result};
 
 static CANDIDATES: LazyLock<Candidates> = LazyLock::new(Candidates::default);
+
+/// Of finite values; else the index of the first that is not.
+type Checked<T> = std::result::Result<T, usize>;
 
 pub(super) struct Weight<'p> {
     name: &'p str,
@@ -27,39 +33,54 @@ pub(super) struct Weight<'p> {
     output: usize,
     /// The recipe's chunks that hold this weight.
     chunks: Range<usize>,
+    /// The first of them, to whose scales levels are fitted.
+    sample: Range<usize>,
+    /// Whether each chunk holds whole groups of scales.
+    whole_groups: bool,
     progress: Mutex<Progress>,
 }
 
 struct Progress {
-    pass: Pass,
-    /// Chunks that this pass has not seen yet.
+    mode: Mode,
+    /// Chunks that are not packed yet.
     left: usize,
-    /// What this pass packs or finds.
+    /// What has been found of every block so far.
     blocks: Blocks,
-    /// What exact mode would pack, in a pass that searches.
+    /// The same under exact mode, if that is another.
     exact: Blocks,
-    /// Error of exact mode, once a search has seen all chunks.
-    exact_error: Option<WeightError>,
-    error: Option<WeightError>,
+    /// How far each chunk is from its source, in best mode.
+    deviations: Vec<Deviation>,
+    levels: Levels,
+    result: Option<WeightError>,
 }
 
-#[derive(Clone)]
-enum Pass {
-    /// Pack as bitsandbytes does.
-    Exact,
-    /// Search the scales, and without double quantization pack by them.
-    Search,
-    /// Pack by the nearest scales of a map.
-    Snap(Arc<Map>),
+/// The levels of double quantization in best mode.
+enum Levels {
+    /// `left` chunks of the sample are not searched yet, `waiting` are those that are.
+    Awaited { left: usize, waiting: Vec<usize> },
+    /// Those that have `waited` come once more.
+    Fitted { map: Arc<Map>, waited: Vec<usize> },
 }
 
-/// What is known of every block.
 #[derive(Default)]
 struct Blocks {
     scales: Vec<f32>,
     /// 8-bit codes of the scales.
     nested: Vec<u8>,
+    /// The largest of every 256 scales.
+    nested_absmax: Vec<f32>,
     moments: Vec<Moments>,
+}
+
+/// The elements of a chunk.
+#[derive(Clone, Copy)]
+pub(super) struct Piece<'b> {
+    /// Number of the chunk in its recipe.
+    pub(super) chunk: usize,
+    /// Number of the first element in the weight.
+    pub(super) first: u64,
+    /// Of the float type that values come as.
+    pub(super) bytes: &'b [u8],
 }
 
 /// The block scales of a weight as they are stored.
@@ -71,6 +92,7 @@ struct Scales<'s> {
 }
 
 impl<'p> Weight<'p> {
+    /// A weight in `chunks`, each but the last of `step` piece.
     pub(super) fn new(
         name: &'p str,
         state: &'p QuantState,
@@ -78,14 +100,22 @@ impl<'p> Weight<'p> {
         options: Options,
         output: usize,
         chunks: Range<usize>,
+        step: u64,
     ) -> Self {
-        let pass = match options.mode {
-            Mode::Exact => Pass::Exact,
-            Mode::Best => Pass::Search,
+        let blocks = step as usize / state.blocksize;
+        let whole_groups = step > 0 && step.is_multiple_of((nested::BLOCKSIZE * state.blocksize) as u64);
+        let sample = if whole_groups { SAMPLE.div_ceil(blocks).min(chunks.len()) } else { chunks.len() };
+        let progress = Progress {
+            mode: options.mode,
+            left: chunks.len(),
+            blocks: Blocks::default(),
+            exact: Blocks::default(),
+            deviations: vec![Deviation::default(); chunks.len()],
+            levels: Levels::Awaited { left: sample, waiting: Vec::new() },
+            result: None,
         };
-        let (blocks, exact) = (Blocks::default(), Blocks::default());
-        let progress = Progress { pass, left: chunks.len(), blocks, exact, exact_error: None, error: None };
-        Self { name, state, float, output, chunks, progress: Mutex::new(progress) }
+        let sample = chunks.start..chunks.start + sample;
+        Self { name, state, float, output, chunks, sample, whole_groups, progress: Mutex::new(progress) }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -94,123 +124,168 @@ impl<'p> Weight<'p> {
 
     /// How far the packed weight is from its source; known when all chunks have been seen.
     pub(super) fn error(&self) -> WeightError {
-        self.lock().error.expect("all chunks have been seen")
+        self.lock().result.expect("all chunks have been seen")
     }
 
-    /// Whether a chunk that has been seen once is going to be seen again.
-    pub(super) fn comes_again(&self) -> bool {
-        let searched = !matches!(self.lock().pass, Pass::Exact);
-        searched && self.state.nested_offset.is_some() && self.chunks.len() > 1
+    /// Whether `chunk`, which has just been seen, is going to be seen again.
+    pub(super) fn comes_again(&self, chunk: usize) -> bool {
+        matches!(&self.lock().levels, Levels::Awaited { waiting, .. } if waiting.contains(&chunk))
     }
 
-    /// Pack the elements from number `first` on, which are a chunk. Returns the chunks that have to come once more, none
-    /// if this is the only one.
+    /// Pack a chunk. Returns the chunks that have to come once more, none if this is the only one.
+    ///
+    /// # Errors
+    /// `non_finite` of the index of the first value that is NaN or infinite, or what writing runs into.
     pub(super) fn put(
         &self,
-        first: u64,
-        bytes: &[u8],
+        piece: Piece<'_>,
         sink: &Sink<'_>,
         non_finite: impl Fn(u64) -> Error,
-    ) -> Result<Range<usize>> {
+    ) -> Result<Vec<usize>> {
+        let offender = |index: usize| non_finite(piece.first + index as u64);
         loop {
-            let again = self.pass(first, bytes, sink, &non_finite)?;
+            let mode = self.lock().mode;
+            let again = match mode {
+                Mode::Exact => {
+                    let (found, codes) = self.exact(piece).map_err(&offender)?;
+                    self.packed(piece, &found, &codes, sink)?
+                }
+                Mode::Best if self.state.nested_offset.is_some() => self.put_nested(piece, sink, &offender)?,
+                Mode::Best => {
+                    let scales = self.search(piece).map_err(&offender)?;
+                    let mut codes = vec![0; piece.bytes.len().div_ceil(2 * self.float.size())];
+                    search::codes(self.values(piece), &scales, self.state.blocksize, &mut codes);
+                    self.packed(piece, &Blocks { scales, ..Blocks::default() }, &codes, sink)?
+                }
+            };
             if again.is_empty() || self.chunks.len() > 1 {
                 return Ok(again);
             }
         }
     }
 
-    fn pass(
-        &self,
-        first: u64,
-        bytes: &[u8],
-        sink: &Sink<'_>,
-        non_finite: &impl Fn(u64) -> Error,
-    ) -> Result<Range<usize>> {
-        let (blocksize, dtype) = (self.state.blocksize, self.float);
-        let first_block = (first / blocksize as u64) as usize;
-        let elements = bytes.len() / dtype.size();
-        let mut codes = vec![0; elements.div_ceil(2)];
-        let count = elements.div_ceil(blocksize);
-        let scales_alone = || Blocks { scales: vec![0.0; count], ..Blocks::default() };
-        let mut found = Blocks { moments: vec![Moments::default(); count], ..scales_alone() };
-        let mut exact = Blocks::default();
-        let offender = |index: usize| non_finite(first + index as u64);
-        let values = Values::Stored(bytes, dtype);
-        let pass = self.lock().pass.clone();
-        if matches!(pass, Pass::Exact | Pass::Search) {
-            nf4::quantize(bytes, dtype, blocksize, &mut found.scales, &mut codes).map_err(offender)?;
-            nf4::moments(bytes, dtype, &codes, blocksize, &mut found.moments);
+    /// Pack a chunk in best mode with double quantization, or leave it waiting for its levels.
+    fn put_nested(&self, piece: Piece<'_>, sink: &Sink<'_>, offender: &impl Fn(usize) -> Error) -> Result<Vec<usize>> {
+        let has_waited = matches!(&self.lock().levels, Levels::Fitted { waited, .. } if waited.contains(&piece.chunk));
+        let mut again = Vec::new();
+        if !has_waited {
+            let scales = self.search(piece).map_err(offender)?;
+            match self.searched(piece, scales) {
+                Some(others) => again = others,
+                None => return Ok(again),
+            }
         }
-        let packed = match &pass {
-            Pass::Exact => true,
-            Pass::Search => {
-                exact = std::mem::replace(&mut found, scales_alone());
-                search::scales(values, None, blocksize, &CANDIDATES, &mut found.scales).map_err(offender)?;
-                let packed = self.state.nested_offset.is_none();
-                if packed {
-                    found.moments.resize(count, Moments::default());
-                    search::codes(values, &found.scales, blocksize, &mut codes);
-                    nf4::moments(bytes, dtype, &codes, blocksize, &mut found.moments);
-                }
-                packed
-            }
-            Pass::Snap(map) => {
-                found.nested.resize(count, 0);
-                let free = &self.lock().blocks.scales[first_block..][..found.scales.len()];
-                found.scales.copy_from_slice(free);
-                let Blocks { scales, nested, moments } = &mut found;
-                map.snap(values, None, blocksize, first_block, scales, nested, &mut codes);
-                nf4::moments(bytes, dtype, &codes, blocksize, moments);
-                true
-            }
+        let values = self.values(piece);
+        let blocksize = self.state.blocksize;
+        let (first, count) = (self.first_block(piece), values.len().div_ceil(blocksize));
+        let (group, groups) = (first / nested::BLOCKSIZE, (first + count).div_ceil(nested::BLOCKSIZE));
+        let (map, mut scales, absmax) = {
+            let Progress { levels, blocks, .. } = &*self.lock();
+            let Levels::Fitted { map, .. } = levels else {
+                unreachable!("levels are fitted before a chunk comes again")
+            };
+            let (scales, absmax) = (&blocks.scales[first..first + count], &blocks.nested_absmax[group..groups]);
+            (map.clone(), scales.to_vec(), absmax.to_vec())
         };
-        if packed {
-            sink.write_at(self.output, first / 2, &codes)?;
-        }
-        let mut progress = self.lock();
-        let total = nf4::blocks(self.state.elements(), blocksize) as usize;
-        progress.blocks.put(first_block, total, &found);
-        if matches!(pass, Pass::Search) {
-            progress.exact.put(first_block, total, &exact);
-        }
-        progress.left -= 1;
-        if progress.left > 0 { Ok(0..0) } else { self.end_of_pass(&mut progress, sink) }
+        let (mut nested, mut codes) = (vec![0; count], vec![0; values.len().div_ceil(2)]);
+        map.snap(values, blocksize, first % nested::BLOCKSIZE, &absmax, &mut scales, &mut nested, &mut codes);
+        let found = Blocks { scales, nested, ..Blocks::default() };
+        again.extend(self.packed(piece, &found, &codes, sink)?);
+        Ok(again)
     }
 
-    /// All chunks have been seen: go on to the next pass, or write what stands beside the codes.
-    fn end_of_pass(&self, progress: &mut Progress, sink: &Sink<'_>) -> Result<Range<usize>> {
-        let double_quant = self.state.nested_offset.is_some();
-        let blocks = std::mem::take(&mut progress.blocks);
-        let pass = progress.pass.clone();
-        if matches!(pass, Pass::Search) {
-            let exact = std::mem::take(&mut progress.exact);
-            progress.exact_error = Some(error(&exact.moments, &Scales::exact(exact.scales, double_quant).decoded));
-            if double_quant {
-                progress.pass = Pass::Snap(Arc::new(Map::fit(&blocks.scales, None)));
-                progress.blocks = blocks;
-                progress.left = self.chunks.len();
-                return Ok(self.chunks.clone());
-            }
+    /// What exact mode makes of a chunk.
+    ///
+    /// # Errors
+    /// The index of the first value that is NaN or infinite.
+    fn exact(&self, piece: Piece<'_>) -> Checked<(Blocks, Vec<u8>)> {
+        let blocksize = self.state.blocksize;
+        let count = self.values(piece).len();
+        let mut codes = vec![0; count.div_ceil(2)];
+        let mut scales = vec![0.0; count.div_ceil(blocksize)];
+        nf4::quantize(piece.bytes, self.float, blocksize, &mut scales, &mut codes)?;
+        let moments = self.moments(piece, &codes);
+        Ok((Blocks { scales, moments, ..Blocks::default() }, codes))
+    }
+
+    /// Search the scales of a chunk, and note what exact mode would make of it.
+    ///
+    /// # Errors
+    /// As [`Weight::exact`].
+    fn search(&self, piece: Piece<'_>) -> Checked<Vec<f32>> {
+        let (exact, _) = self.exact(piece)?;
+        let mut scales = vec![0.0; exact.scales.len()];
+        let QuantState { blocksize, dtype, .. } = *self.state;
+        search::scales(self.values(piece), None, blocksize, &CANDIDATES, dtype.max(), &mut scales)?;
+        self.lock().exact.put(self.first_block(piece), self.blocks(), &exact);
+        Ok(scales)
+    }
+
+    /// The scales of a chunk have been found. Returns the chunks that have waited for the levels until now; nothing if
+    /// this one has to wait too.
+    fn searched(&self, piece: Piece<'_>, scales: Vec<f32>) -> Option<Vec<usize>> {
+        let nested_absmax = if self.whole_groups { search::absmax(&scales) } else { Vec::new() };
+        let found = Blocks { scales, nested_absmax, ..Blocks::default() };
+        let Progress { levels, blocks, .. } = &mut *self.lock();
+        blocks.put(self.first_block(piece), self.blocks(), &found);
+        let Levels::Awaited { left, waiting } = levels else { return Some(Vec::new()) };
+        *left -= usize::from(self.sample.contains(&piece.chunk));
+        if *left > 0 {
+            waiting.push(piece.chunk);
+            return None;
         }
-        let Blocks { scales, nested, moments } = blocks;
-        let scales = match &pass {
-            Pass::Exact => Scales::exact(scales, double_quant),
-            Pass::Search => Scales { nested: None, decoded: scales },
-            Pass::Snap(map) => {
-                let nested = Nested { codes: nested, absmax: map.absmax.clone(), offset: 0.0 };
-                Scales { nested: Some((nested, &map.levels)), decoded: scales }
-            }
+        if !self.whole_groups {
+            blocks.nested_absmax = search::absmax(&blocks.scales);
+        }
+        let map = Arc::new(Map::fit(&blocks.scales, None));
+        let waited = take(waiting);
+        *levels = Levels::Fitted { map, waited: waited.clone() };
+        Some(waited)
+    }
+
+    /// A chunk has been packed: write its codes, and after the last one what stands beside them.
+    fn packed(&self, piece: Piece<'_>, found: &Blocks, codes: &[u8], sink: &Sink<'_>) -> Result<Vec<usize>> {
+        sink.write_at(self.output, piece.first / 2, codes)?;
+        let first = self.first_block(piece);
+        let error = if found.moments.is_empty() {
+            Deviation::of(&self.moments(piece, codes), &found.scales, first)
+        } else {
+            Deviation::default()
         };
-        let error = error(&moments, &scales.decoded);
-        if progress.exact_error.is_some_and(|exact| exact.relative < error.relative) {
-            (progress.pass, progress.exact_error) = (Pass::Exact, None);
-            progress.left = self.chunks.len();
-            return Ok(self.chunks.clone());
+        let mut progress = self.lock();
+        progress.blocks.put(first, self.blocks(), found);
+        progress.deviations[piece.chunk - self.chunks.start] = error;
+        progress.left -= 1;
+        if progress.left > 0 { Ok(Vec::new()) } else { self.finish(&mut progress, sink) }
+    }
+
+    /// All chunks have been packed: write what stands beside the codes, or begin anew in exact mode.
+    fn finish(&self, progress: &mut Progress, sink: &Sink<'_>) -> Result<Vec<usize>> {
+        let double_quant = self.state.nested_offset.is_some();
+        let blocks = take(&mut progress.blocks);
+        if matches!(progress.mode, Mode::Exact) {
+            let scales = Scales::exact(blocks.scales, double_quant);
+            progress.result = Some(Deviation::of(&blocks.moments, &scales.decoded, 0).whole());
+            self.write_beside(scales, sink)?;
+            return Ok(Vec::new());
         }
-        progress.error = Some(error);
-        self.write_beside(scales, sink)?;
-        Ok(0..0)
+        let error = take(&mut progress.deviations).into_iter().fold(Deviation::default(), Deviation::and).whole();
+        let exact = take(&mut progress.exact);
+        let exact = Deviation::of(&exact.moments, &Scales::exact(exact.scales, double_quant).decoded, 0).whole();
+        if exact.relative < error.relative {
+            progress.mode = Mode::Exact;
+            progress.left = self.chunks.len();
+            progress.deviations = vec![Deviation::default(); self.chunks.len()];
+            return Ok(self.chunks.clone().collect());
+        }
+        progress.result = Some(error);
+        let nested = Nested { codes: blocks.nested, absmax: blocks.nested_absmax, offset: 0.0 };
+        let nested = match &progress.levels {
+            Levels::Fitted { map, .. } => Some((nested, &map.0)),
+            Levels::Awaited { .. } => None,
+        };
+        self.write_beside(Scales { nested, decoded: blocks.scales }, sink)?;
+        Ok(Vec::new())
     }
 
     /// Write what stands beside the codes.
@@ -228,6 +303,27 @@ impl<'p> Weight<'p> {
         outputs.zip(&rest).try_for_each(|(output, bytes)| sink.write_at(output, 0, bytes))
     }
 
+    fn values<'b>(&self, piece: Piece<'b>) -> Values<'b> {
+        Values::Stored(piece.bytes, self.float)
+    }
+
+    fn moments(&self, piece: Piece<'_>, codes: &[u8]) -> Vec<Moments> {
+        let blocksize = self.state.blocksize;
+        let mut moments = vec![Moments::default(); self.values(piece).len().div_ceil(blocksize)];
+        nf4::moments(piece.bytes, self.float, codes, blocksize, &mut moments);
+        moments
+    }
+
+    /// Number of the block that a chunk begins with.
+    fn first_block(&self, piece: Piece<'_>) -> usize {
+        (piece.first / self.state.blocksize as u64) as usize
+    }
+
+    /// Blocks of the weight.
+    fn blocks(&self) -> usize {
+        nf4::blocks(self.state.elements(), self.state.blocksize) as usize
+    }
+
     fn lock(&self) -> MutexGuard<'_, Progress> {
         lock(&self.progress)
     }
@@ -239,6 +335,8 @@ impl Blocks {
         put(&mut self.scales, first, total, &found.scales);
         put(&mut self.nested, first, total, &found.nested);
         put(&mut self.moments, first, total, &found.moments);
+        let (group, groups) = (first / nested::BLOCKSIZE, total.div_ceil(nested::BLOCKSIZE));
+        put(&mut self.nested_absmax, group, groups, &found.nested_absmax);
     }
 }
 
@@ -262,28 +360,53 @@ impl Scales<'_> {
     }
 }
 
-/// The error of a weight whose blocks have these moments under these (decoded) scales.
-///
-/// Per block `sum (x - s q)^2 = sum x^2 - 2 s sum x q + s^2 sum q^2`, in f64; the moments are f32 sums. Blocks where they
-/// overflow, with weights over 1e18, are left out.
-fn error(moments: &[Moments], scales: &[f32]) -> WeightError {
-    let (mut squares, mut total) = (0.0, 0.0);
-    let (mut worst, mut worst_block) = (0.0, 0);
-    for (index, (moments, &scale)) in (0..).zip(moments.iter().zip(scales)) {
-        let Moments { xx, xq, qq } = *moments;
-        if !xx.is_finite() {
-            continue;
+/// How far blocks are from their source.
+#[derive(Debug, Clone, Copy, Default)]
+struct Deviation {
+    /// Sums of squares, of the difference and of the source.
+    squares: f64,
+    total: f64,
+    /// The largest share of a block's sum, and that block's number.
+    worst: f64,
+    worst_block: u64,
+}
+
+impl Deviation {
+    /// The error of blocks from number `first` on, which have these moments under these (decoded) scales.
+    ///
+    /// Per block `sum (x - s q)^2 = sum x^2 - 2 s sum x q + s^2 sum q^2`, in f64; the moments are f32 sums. Blocks where they
+    /// overflow, with weights over 1e18, are left out.
+    fn of(moments: &[Moments], scales: &[f32], first: usize) -> Self {
+        let mut error = Self::default();
+        for (block, (moments, &scale)) in (first as u64..).zip(moments.iter().zip(scales)) {
+            let Moments { xx, xq, qq } = *moments;
+            if !xx.is_finite() {
+                continue;
+            }
+            let [xx, xq, qq, scale] = [xx, xq, qq, scale].map(f64::from);
+            let squares = (xx - 2.0 * scale * xq + scale * scale * qq).max(0.0);
+            let worst = if xx > 0.0 { squares / xx } else { 0.0 };
+            error = error.and(Self { squares, total: xx, worst, worst_block: block });
         }
-        let [xx, xq, qq, scale] = [xx, xq, qq, scale].map(f64::from);
-        let square = (xx - 2.0 * scale * xq + scale * scale * qq).max(0.0);
-        squares += square;
-        total += xx;
-        if xx > 0.0 && square / xx > worst {
-            (worst, worst_block) = (square / xx, index);
+        error
+    }
+
+    /// This and that of later blocks.
+    fn and(self, later: Self) -> Self {
+        let worst = if later.worst > self.worst { later } else { self };
+        Self {
+            squares: self.squares + later.squares,
+            total: self.total + later.total,
+            worst: worst.worst,
+            worst_block: worst.worst_block,
         }
     }
-    let relative = if total > 0.0 { (squares / total).sqrt() } else { 0.0 };
-    WeightError { relative, norm: total.sqrt(), worst: worst.sqrt(), worst_block }
+
+    /// As the error of a whole weight.
+    fn whole(self) -> WeightError {
+        let relative = if self.total > 0.0 { (self.squares / self.total).sqrt() } else { 0.0 };
+        WeightError { relative, norm: self.total.sqrt(), worst: self.worst.sqrt(), worst_block: self.worst_block }
+    }
 }
 
 fn le_bytes(values: &[f32]) -> Vec<u8> {

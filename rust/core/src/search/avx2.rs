@@ -4,15 +4,15 @@
 #![allow(unsafe_code, reason = "vector loads and stores of arrays of the vector's size")]
 
 use std::arch::x86_64::{
-    __m256, __m256i, _CMP_LT_OQ, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps,
-    _mm_movehl_ps, _mm_storeu_si128, _mm256_abs_epi8, _mm256_add_ps, _mm256_adds_epu16, _mm256_and_ps,
-    _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256, _mm256_castps_si256,
-    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvttps_epi32, _mm256_extractf128_ps,
-    _mm256_extracti128_si256, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_maddubs_epi16, _mm256_min_epu8,
-    _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_permutevar8x32_ps, _mm256_set1_epi8, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi32, _mm256_slli_epi64, _mm256_srli_epi16,
-    _mm256_srli_epi64, _mm256_storeu_si256, _mm256_sub_epi8, _mm256_sub_epi32, _mm256_sub_ps, _mm256_unpackhi_epi8,
-    _mm256_unpacklo_epi8,
+    __m128, __m256, __m256i, _CMP_LT_OQ, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps,
+    _mm_movehl_ps, _mm_movelh_ps, _mm_storeu_ps, _mm_storeu_si128, _mm_unpackhi_ps, _mm_unpacklo_ps, _mm256_abs_epi8,
+    _mm256_add_ps, _mm256_adds_epu16, _mm256_and_ps, _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps,
+    _mm256_broadcastsi128_si256, _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps,
+    _mm256_cvttps_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_maddubs_epi16, _mm256_min_epu8, _mm256_min_ps, _mm256_movemask_ps, _mm256_mul_ps, _mm256_or_si256,
+    _mm256_permutevar8x32_ps, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_si256,
+    _mm256_shuffle_epi8, _mm256_slli_epi32, _mm256_slli_epi64, _mm256_srli_epi16, _mm256_srli_epi64,
+    _mm256_storeu_si256, _mm256_sub_epi8, _mm256_sub_epi32, _mm256_sub_ps, _mm256_unpackhi_epi8, _mm256_unpacklo_epi8,
 };
 
 use super::lanes::{Cells, Lanes};
@@ -100,6 +100,18 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn sums(self, lanes: [[__m256; 2]; 4]) -> [f32; 4] {
+        // SAFETY: see `load`.
+        unsafe { sums(lanes) }
+    }
+
+    #[inline(always)]
+    fn below(self, sixteen: &[f32; 16], value: f32) -> usize {
+        // SAFETY: see `load`.
+        unsafe { below(self.load(sixteen), value) }
+    }
+
+    #[inline(always)]
     fn levels(self, scaled: [__m256; 2]) -> [__m256; 2] {
         // SAFETY: see `load`.
         unsafe { [levels(scaled[0]), levels(scaled[1])] }
@@ -118,13 +130,47 @@ impl Lanes for Avx2 {
     }
 }
 
+/// The sums of every fourth lane.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fourths(lanes: [__m256; 2]) -> __m128 {
+    let eight = _mm256_add_ps(lanes[0], lanes[1]);
+    _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight))
+}
+
 #[inline]
 #[target_feature(enable = "avx2")]
 fn sum(lanes: [__m256; 2]) -> f32 {
-    let eight = _mm256_add_ps(lanes[0], lanes[1]);
-    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    let four = fourths(lanes);
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// Four sums at once, turned on their side.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn sums_of_fourths([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
+    let ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    let cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    let total = _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+    let mut sums = [0.0; 4];
+    // SAFETY: `sums` is four floats.
+    unsafe { _mm_storeu_ps(sums.as_mut_ptr(), total) };
+    sums
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sums(lanes: [[__m256; 2]; 4]) -> [f32; 4] {
+    sums_of_fourths(lanes.map(|lanes| fourths(lanes)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn below(sixteen: [__m256; 2], value: f32) -> usize {
+    let value = _mm256_set1_ps(value);
+    let [low, high] = sixteen.map(|eight| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(eight, value)));
+    (low | high << 8).count_ones() as usize
 }
 
 /// The code of each lane.

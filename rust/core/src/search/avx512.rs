@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores of arrays of the vector's size")]
 
 use std::arch::x86_64::{
-    __m512, __m512i, _CMP_LT_OQ, _mm_add_ps, _mm_add_ss, _mm_cvtsi128_si64, _mm_cvtss_f32, _mm_loadu_si128,
+    __m128, __m512, __m512i, _CMP_LT_OQ, _mm_add_ps, _mm_add_ss, _mm_cvtsi128_si64, _mm_cvtss_f32, _mm_loadu_si128,
     _mm_movehdup_ps, _mm_movehl_ps, _mm_storeu_si128, _mm256_add_ps, _mm256_castps256_ps128, _mm256_extractf128_ps,
     _mm512_abs_epi8, _mm512_add_ps, _mm512_adds_epu16, _mm512_and_si512, _mm512_broadcast_i32x4, _mm512_castps_si512,
     _mm512_castps512_ps256, _mm512_cmp_ps_mask, _mm512_cvtepi64_epi8, _mm512_extractf32x8_ps,
@@ -14,6 +14,7 @@ use std::arch::x86_64::{
     _mm512_srli_epi64, _mm512_sub_epi8, _mm512_sub_ps, _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
 };
 
+use super::avx2::sums_of_fourths;
 use super::lanes::{Cells, Lanes};
 use super::rank::{Errors, Rows, Table};
 use crate::nf4::{LEVELS, THRESHOLDS};
@@ -78,6 +79,18 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn sums(self, lanes: [__m512; 4]) -> [f32; 4] {
+        // SAFETY: see `load`.
+        unsafe { sums(lanes) }
+    }
+
+    #[inline(always)]
+    fn below(self, sixteen: &[f32; 16], value: f32) -> usize {
+        // SAFETY: see `load`.
+        unsafe { below(self.load(sixteen), value) }
+    }
+
+    #[inline(always)]
     fn levels(self, scaled: __m512) -> __m512 {
         // SAFETY: see `load`.
         unsafe { levels(scaled) }
@@ -96,13 +109,32 @@ impl Lanes for Avx512 {
     }
 }
 
+/// The sums of every fourth lane.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx2")]
+fn fourths(lanes: __m512) -> __m128 {
+    let eight = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps::<1>(lanes));
+    _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight))
+}
+
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx2")]
 fn sum(lanes: __m512) -> f32 {
-    let eight = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps::<1>(lanes));
-    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    let four = fourths(lanes);
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx2")]
+fn sums(lanes: [__m512; 4]) -> [f32; 4] {
+    sums_of_fourths(lanes.map(|lanes| fourths(lanes)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn below(sixteen: __m512, value: f32) -> usize {
+    _mm512_cmp_ps_mask::<_CMP_LT_OQ>(sixteen, _mm512_set1_ps(value)).count_ones() as usize
 }
 
 /// The code of each lane.

@@ -64,9 +64,14 @@ pub(super) fn whole_blocks<'a>(values: Values, start: usize, blocksize: usize, t
 #[inline(always)]
 pub(super) fn pick(lanes: impl Lanes, block: &[f32], scale: f32, packed: &mut [u8]) {
     let inverse = lanes.splat(inverse(scale));
-    for (bytes, values) in packed.chunks_mut(8).zip(block.as_chunks::<16>().0) {
-        let codes = lanes.codes(lanes.mul(lanes.load(values), inverse));
-        bytes.copy_from_slice(&codes[..bytes.len()]);
+    let chunks = block.as_chunks::<16>().0;
+    let codes = |values| lanes.codes(lanes.mul(lanes.load(values), inverse));
+    let (whole, rest) = packed.as_chunks_mut();
+    for (bytes, values) in whole.iter_mut().zip(chunks) {
+        *bytes = codes(values);
+    }
+    if !rest.is_empty() {
+        rest.copy_from_slice(&codes(&chunks[whole.len()])[..rest.len()]);
     }
 }
 

@@ -30,6 +30,12 @@ pub(super) trait Lanes: Copy {
     /// The sum of all lanes: the two halves are added, then theirs, and so on.
     fn sum(self, lanes: Self::Floats) -> f32;
 
+    /// Four such sums.
+    fn sums(self, lanes: [Self::Floats; 4]) -> [f32; 4];
+
+    /// How many of the sixteen are less than `value`.
+    fn below(self, sixteen: &[f32; 16], value: f32) -> usize;
+
     /// The level nearest to each scaled value.
     fn levels(self, scaled: Self::Floats) -> Self::Floats;
 
@@ -112,6 +118,16 @@ impl Lanes for Portable {
             }
         }
         lanes[0]
+    }
+
+    #[inline(always)]
+    fn sums(self, lanes: [[f32; 16]; 4]) -> [f32; 4] {
+        lanes.map(|lanes| self.sum(lanes))
+    }
+
+    #[inline(always)]
+    fn below(self, sixteen: &[f32; 16], value: f32) -> usize {
+        sixteen.iter().map(|&one| usize::from(one < value)).sum()
     }
 
     #[inline(always)]

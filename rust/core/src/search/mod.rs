@@ -1,21 +1,21 @@
 //! `best` mode: the NF4 of [`nf4`](crate::nf4), in the same tensors, with less error.
 //!
 //! bitsandbytes scales a block by its absmax. A reader only multiplies by the scale it finds, so any will do, negative ones
-//! too (the levels are not symmetric), and it takes the 256 levels of nested scales from the file. So a tensor is packed in
-//! two passes over its values, each chunk by chunk on any thread, chunks starting at block boundaries:
+//! too (the levels are not symmetric), and it takes the 256 levels of nested scales from the file. So a tensor is packed
+//! chunk by chunk on any thread, chunks starting at block boundaries:
 //!
 //! ```text
-//! scales(values, ..)      per block the scale of least squared error                 pass 1
-//! Map::fit(scales)        256 levels for the scales, once all are known
-//! Map::snap(values, ..)   the better of the two levels about each scale; codes       pass 2
+//! scales(values, ..)      per block the scale of least squared error
+//! Map::fit(scales)        256 levels for the scales, once the first SAMPLE of them are known
+//! Map::snap(values, ..)   the nearest level to each scale; codes
 //! codes(values, scales)   instead of the last two without double quantization
 //! ```
 //!
 //! Results do not depend on how a tensor is cut, on threads, or on the instruction set. Values may come from outside (an
 //! error feedback moves them), be weighted (by what their inputs amount to), and scales be supplied.
 //!
-//! Mean squared error against bitsandbytes, 4096 x 4096 from bf16, blocksize 64: -19.3 % on Gaussian weights without and
-//! with double quantization, -15.8 % and -15.9 % on Student-t5 (`tests/core/test_search.py`).
+//! Mean squared error against bitsandbytes, 4096 x 4096 from bf16, blocksize 64: -18.8 % on Gaussian weights without and
+//! with double quantization, -15.4 % and -15.6 % on Student-t5 (`tests/core/test_search.py`).
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -31,7 +31,7 @@ use crate::nested::{self, Nested};
 use crate::{Float, nf4};
 
 pub use codes::{codes, squared_error};
-pub use map::Map;
+pub use map::{Map, SAMPLE, absmax};
 pub use scales::{Candidates, scales};
 
 /// What is quantized: values as they are stored, or computed ones.
@@ -96,13 +96,14 @@ pub fn quantize(bytes: &[u8], float: Float, blocksize: usize, double_quant: bool
         nested: None,
     };
     let mut exact = best.clone();
-    scales(values, None, blocksize, &Candidates::default(), &mut best.scales)?;
+    scales(values, None, blocksize, &Candidates::default(), float.max(), &mut best.scales)?;
     nf4::quantize(bytes, float, blocksize, &mut exact.scales, &mut exact.codes)?;
     if double_quant {
         let map = Map::fit(&best.scales, None);
+        let absmax = absmax(&best.scales);
         let mut nested = vec![0; best.scales.len()];
-        map.snap(values, None, blocksize, 0, &mut best.scales, &mut nested, &mut best.codes);
-        best.nested = Some((Nested { codes: nested, absmax: map.absmax, offset: 0.0 }, map.levels));
+        map.snap(values, blocksize, 0, &absmax, &mut best.scales, &mut nested, &mut best.codes);
+        best.nested = Some((Nested { codes: nested, absmax, offset: 0.0 }, map.0));
 
         let nested = nested::quantize(&exact.scales, nested::offset(&exact.scales));
         exact.scales = nested::dequantize(&nested.codes, &nested.absmax, &nested::QUANT_MAP, nested.offset);

@@ -7,8 +7,7 @@
 //! can be nearer. A ratio and its negative share the work: they swap the two sides of zero.
 //!
 //! 64 pieces of 64 values are ranked at once, a piece in each byte lane, so that sums need no reduction: the values are
-//! transposed first. Sums saturate at 65,535. The grid's rounding costs about 2 % of noise in an error, so the best few
-//! are then weighed exactly.
+//! transposed first. Sums saturate at 65,535. The grid's rounding costs about 2 % of noise in an error.
 
 use super::lanes::Lanes;
 use crate::nf4::LEVELS;
@@ -63,10 +62,10 @@ impl Table {
     }
 }
 
-/// The two candidates of least error for each of up to 64 blocks of `pieces` pieces. Candidate `2 * i` is the ratio of
+/// The candidate of least error for each of up to 64 blocks of `pieces` pieces. Candidate `2 * i` is the ratio of
 /// `tables[i]`, `2 * i + 1` its negative; of equals the first wins. `grid` is used up.
 #[inline(always)]
-pub(super) fn best_two(lanes: impl Lanes, grid: &mut Grid, pieces: usize, tables: &[Table]) -> [[usize; 2]; LANES] {
+pub(super) fn best(lanes: impl Lanes, grid: &mut Grid, pieces: usize, tables: &[Table]) -> [usize; LANES] {
     let mut riffled = [0; PIECE * LANES];
     for _ in 0..PIECE.ilog2() / 2 {
         riffle(grid, &mut riffled);
@@ -74,7 +73,7 @@ pub(super) fn best_two(lanes: impl Lanes, grid: &mut Grid, pieces: usize, tables
     }
     let rows = grid.as_chunks::<LANES>().0;
     // An error of up to 22 bits above a candidate of eight: their order is that of the pair.
-    let (mut first, mut second) = ([u32::MAX; LANES], [u32::MAX; LANES]);
+    let mut best = [u32::MAX; LANES];
     for (index, table) in tables.iter().enumerate() {
         for (sign, errors) in lanes.rank(rows, table).iter().enumerate() {
             let mut keys = errors.map(u32::from);
@@ -83,14 +82,12 @@ pub(super) fn best_two(lanes: impl Lanes, grid: &mut Grid, pieces: usize, tables
                     keys[block] = keys[block * pieces..(block + 1) * pieces].iter().sum();
                 }
             }
-            for ((key, first), second) in keys.iter().zip(&mut first).zip(&mut second) {
-                let key = key << 8 | (2 * index + sign) as u32;
-                *second = (*second).min(key.max(*first));
-                *first = (*first).min(key);
+            for (key, best) in keys.iter().zip(&mut best) {
+                *best = (*best).min(key << 8 | (2 * index + sign) as u32);
             }
         }
     }
-    std::array::from_fn(|block| [first[block], second[block]].map(|key| (key & 255) as usize))
+    best.map(|key| (key & 255) as usize)
 }
 
 /// Interleave the two halves, as cards are. That rotates the bits of an index by one; six times turn rows into columns.

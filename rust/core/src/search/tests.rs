@@ -48,11 +48,11 @@ fn assert_agreement(bytes: &[u8], float: Float, weights: Option<&[f32]>, blocksi
     let candidates = Candidates::default();
     let on = |isa| {
         let mut free = vec![0.0; blocks];
-        scales_on(isa, values, weights, blocksize, &candidates, &mut free).unwrap();
+        scales_on(isa, values, weights, blocksize, &candidates, f32::MAX, &mut free).unwrap();
         let (mut snapped, mut nested) = (free.clone(), vec![0; blocks]);
         let [mut snapped_codes, mut free_codes] = [(); 2].map(|()| vec![0; values.len().div_ceil(2)]);
         let map = Map::fit(&free, None);
-        map.snap_on(isa, values, weights, blocksize, 0, &mut snapped, &mut nested, &mut snapped_codes);
+        map.snap_on(isa, values, blocksize, 0, &absmax(&free), &mut snapped, &mut nested, &mut snapped_codes);
         codes_on(isa, values, &free, blocksize, &mut free_codes);
         let bits = |scales: Vec<f32>| scales.into_iter().map(f32::to_bits).collect::<Vec<_>>();
         (bits(free), bits(snapped), nested, snapped_codes, free_codes)
@@ -103,20 +103,29 @@ fn a_tensor_may_be_cut_between_blocks() {
         let blocks = values.len().div_ceil(blocksize);
         let whole = Values::Floats(&values);
         let mut free = vec![0.0; blocks];
-        scales(whole, None, blocksize, &Candidates::default(), &mut free).unwrap();
+        scales(whole, None, blocksize, &Candidates::default(), f32::MAX, &mut free).unwrap();
         let map = Map::fit(&free, None);
         let (mut snapped, mut nested, mut packed) = (free.clone(), vec![0; blocks], vec![0; 50_000]);
-        map.snap(whole, None, blocksize, 0, &mut snapped, &mut nested, &mut packed);
+        let absmax = absmax(&free);
+        map.snap(whole, blocksize, 0, &absmax, &mut snapped, &mut nested, &mut packed);
 
         for cut in [1, 7, blocks / 2].into_iter().filter(|&cut| 0 < cut && cut < blocks) {
             for (part, first, last) in [(&values[..cut * blocksize], 0, cut), (&values[cut * blocksize..], cut, blocks)]
             {
                 let part = Values::Floats(part);
                 let mut parts = vec![0.0; last - first];
-                scales(part, None, blocksize, &Candidates::default(), &mut parts).unwrap();
+                scales(part, None, blocksize, &Candidates::default(), f32::MAX, &mut parts).unwrap();
                 assert_eq!(parts, free[first..last]);
                 let (mut part_nested, mut part_packed) = (vec![0; last - first], vec![0; part.len().div_ceil(2)]);
-                map.snap(part, None, blocksize, first, &mut parts, &mut part_nested, &mut part_packed);
+                map.snap(
+                    part,
+                    blocksize,
+                    first % 256,
+                    &absmax[first / 256..],
+                    &mut parts,
+                    &mut part_nested,
+                    &mut part_packed,
+                );
                 assert_eq!((&parts[..], &part_nested[..]), (&snapped[first..last], &nested[first..last]));
                 assert_eq!(part_packed, packed[first * blocksize / 2..][..part_packed.len()]);
             }
@@ -152,7 +161,7 @@ fn weights_are_what_errors_count() {
     let whole = Values::Floats(&values);
     let error = |weights: Option<&[f32]>| {
         let (mut free, mut packed) = (vec![0.0; 2000], vec![0; values.len() / 2]);
-        scales(whole, weights, 64, &Candidates::default(), &mut free).unwrap();
+        scales(whole, weights, 64, &Candidates::default(), f32::MAX, &mut free).unwrap();
         codes(whole, &free, 64, &mut packed);
         let mut decoded = vec![0.0; values.len()];
         nf4::dequantize(&packed, &free, 64, &mut decoded);
@@ -163,7 +172,7 @@ fn weights_are_what_errors_count() {
     // Equal weights are none, whether given for a row or for all; the search then weighs every candidate exactly.
     let [row, all] = [vec![1.0; columns], vec![1.0; values.len()]];
     assert_eq!(error(Some(&row)).to_bits(), error(Some(&all)).to_bits());
-    assert!(error(Some(&row)) < 1.001 * error(None));
+    assert!(error(Some(&row)) < 1.01 * error(None));
 }
 
 #[test]
@@ -182,13 +191,13 @@ fn what_is_represented_exactly_stays_so() {
 fn few_scales_are_their_own_levels() {
     let few: Vec<f32> = (0..10_000).map(|index| (index % 100) as f32 * 0.01 - 0.3).collect();
     let map = Map::fit(&few, None);
-    assert!(map.levels.is_sorted());
-    for (&scale, absmax) in few.iter().zip(map.absmax.iter().flat_map(|absmax| [absmax; 256])) {
-        let nearest = map.levels.iter().map(|level| (level * absmax - scale).abs()).fold(1.0, f32::min);
+    assert!(map.0.is_sorted());
+    for (&scale, absmax) in few.iter().zip(absmax(&few).into_iter().flat_map(|absmax| [absmax; 256])) {
+        let nearest = map.0.iter().map(|level| (level * absmax - scale).abs()).fold(1.0, f32::min);
         assert!(nearest <= 1e-7, "{scale} is {nearest} from its level");
     }
-    assert_eq!(Map::fit(&[], None), Map { levels: [0.0; 256], absmax: vec![] });
-    assert_eq!(Map::fit(&[0.0; 300], None), Map { levels: [0.0; 256], absmax: vec![0.0; 2] });
+    assert_eq!(Map::fit(&[], None), Map([0.0; 256]));
+    assert_eq!(Map::fit(&[0.0; 300], None), Map([0.0; 256]));
 }
 
 #[test]
@@ -199,15 +208,15 @@ fn a_fit_beats_equal_steps_and_follows_its_weights() {
         .map(|_| (0.05 + uniform() * uniform() * uniform()) * if uniform() < 0.5 { -1.0 } else { 1.0 })
         .collect();
     let error = |map: &Map, counted: &dyn Fn(f32) -> bool| {
-        let absmax = map.absmax.iter().flat_map(|absmax| [absmax; 256]);
+        let absmax = absmax(&many).into_iter().flat_map(|absmax| [absmax; 256]);
         let errors = many.iter().zip(absmax).filter(|(scale, _)| counted(**scale)).map(|(scale, absmax)| {
-            f64::from(map.levels.iter().map(|level| (level * absmax - scale).powi(2)).fold(f32::INFINITY, f32::min))
+            f64::from(map.0.iter().map(|level| (level * absmax - scale).powi(2)).fold(f32::INFINITY, f32::min))
         });
         errors.sum::<f64>()
     };
     let fitted = Map::fit(&many, None);
-    assert!(fitted.levels.is_sorted());
-    let equal = Map { levels: std::array::from_fn(|index| index as f32 / 127.5 - 1.0), ..fitted.clone() };
+    assert!(fitted.0.is_sorted());
+    let equal = Map(std::array::from_fn(|index| index as f32 / 127.5 - 1.0));
     assert!(error(&fitted, &|_| true) < 0.5 * error(&equal, &|_| true));
 
     let weights: Vec<f32> = many.iter().map(|&scale| if scale > 0.5 { 1000.0 } else { 1.0 }).collect();
@@ -221,15 +230,39 @@ fn extremes_are_kept_or_found() {
         for magnitude in [f32::MAX, 1e30, 1e-30, 1e-37, 1e-39, 1e-44] {
             let values = map(&weights(640, 8), |value| (value / 0.4 * magnitude).clamp(-f32::MAX, f32::MAX));
             let mut free = vec![0.0; 10];
-            scales_on(isa, Values::Floats(&values), None, 64, &Candidates::default(), &mut free).unwrap();
+            scales_on(isa, Values::Floats(&values), None, 64, &Candidates::default(), f32::MAX, &mut free).unwrap();
             assert!(free.iter().all(|scale| scale.is_finite()), "{magnitude}: {free:?}");
             let map = Map::fit(&free, None);
             let (mut snapped, mut nested, mut packed) = (free.clone(), vec![0; 10], vec![0; 320]);
-            map.snap(Values::Floats(&values), None, 64, 0, &mut snapped, &mut nested, &mut packed);
+            map.snap(Values::Floats(&values), 64, 0, &absmax(&free), &mut snapped, &mut nested, &mut packed);
             for (snapped, free) in snapped.iter().zip(&free) {
                 assert!((snapped - free).abs() <= 1e-6 * free.abs() + 1e-45, "{magnitude}: {snapped} is not {free}");
             }
         }
+    }
+}
+
+#[test]
+fn what_is_decoded_stays_finite() {
+    // Blocks that have the largest f16: of many the scale of least error is larger.
+    let mut values = weights(64 * 200, 11);
+    for block in values.chunks_mut(64) {
+        let absmax = block.iter().fold(0.0, |max: f32, value| max.max(value.abs()));
+        for value in block {
+            *value *= 65504.0 / absmax.max(1e-9);
+        }
+    }
+    let (bytes, mut free) = (encoded(&values, Float::F16), vec![0.0; 200]);
+    scales(Values::Floats(&values), None, 64, &Candidates::default(), f32::MAX, &mut free).unwrap();
+    assert!(free.iter().any(|scale| scale.abs() > 65504.0));
+    for double_quant in [false, true] {
+        let packed = quantize(&bytes, Float::F16, 64, double_quant).unwrap();
+        assert!(packed.scales.iter().any(|scale| *scale < 0.0), "the search has found nothing");
+        let mut decoded = vec![0; bytes.len()];
+        nf4::dequantize_to(Float::F16, &packed.codes, &packed.scales, 64, &mut decoded);
+        let mut floats = vec![0.0; values.len()];
+        Float::F16.decode(&decoded, &mut floats);
+        assert!(floats.iter().all(|value| value.is_finite()));
     }
 }
 
@@ -240,7 +273,7 @@ fn values_that_are_not_finite_are_refused_by_index() {
             let mut values = weights(10_000, 9);
             values[index] = bad;
             let mut free = vec![0.0; values.len().div_ceil(blocksize)];
-            let found = scales(Values::Floats(&values), None, blocksize, &Candidates::default(), &mut free);
+            let found = scales(Values::Floats(&values), None, blocksize, &Candidates::default(), f32::MAX, &mut free);
             assert_eq!(found, Err(index));
         }
     }
@@ -249,7 +282,8 @@ fn values_that_are_not_finite_are_refused_by_index() {
 #[test]
 #[should_panic(expected = "100 weights do not fit 640 values")]
 fn weights_that_do_not_fit_are_refused() {
-    let _ = scales(Values::Floats(&[0.0; 640]), Some(&[1.0; 100]), 64, &Candidates::default(), &mut [0.0; 10]);
+    let _ =
+        scales(Values::Floats(&[0.0; 640]), Some(&[1.0; 100]), 64, &Candidates::default(), f32::MAX, &mut [0.0; 10]);
 }
 
 #[test]

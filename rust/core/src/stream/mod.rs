@@ -79,7 +79,7 @@ pub trait Run: Send + Sync {
     ///
     /// # Errors
     /// Whatever computing or writing runs into.
-    fn chunk(&self, chunk: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Range<usize>>;
+    fn chunk(&self, chunk: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Vec<usize>>;
 
     /// Whether chunk number `chunk`, which has just been seen for the first time, is going to be seen again.
     fn comes_again(&self, _chunk: usize) -> bool {
@@ -531,6 +531,11 @@ impl<'w> Work<'w> {
 
     /// Enter a recipe whose outputs are written in the journal.
     fn finish(&self, running: &Running<'w>) -> Result<()> {
+        for (_, bytes) in lock(&running.kept).drain() {
+            // Kept in vain: it came again before it was put here, and was read.
+            self.kept_bytes.fetch_sub(bytes.len(), Ordering::Relaxed);
+            self.spares.put(bytes);
+        }
         let sources = running.sources.get().expect("set before the last chunk").clone();
         let outputs = if running.run.is_copy() { sources.clone() } else { self.digests(running.planned)? };
         let (errors, change) = (running.run.errors(), running.run.change());
