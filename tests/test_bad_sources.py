@@ -36,11 +36,11 @@ def truncate(source: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def poison(source: Path) -> None:
+def poison(source: Path, name: str = "model.layers.1.mlp.up_proj.weight", value: float = float("nan")) -> None:
     for path in source.glob("*.safetensors"):
         weights = load_file(path)
-        if "model.layers.1.mlp.up_proj.weight" in weights:
-            weights["model.layers.1.mlp.up_proj.weight"][2, 5] = float("nan")
+        if name in weights:
+            weights[name][2, 5] = value
             save_file(weights, path, metadata={"format": "pt"})
 
 
@@ -132,6 +132,10 @@ BAD_SOURCES = {
     ),
     "empty shard": (lambda s: next(s.glob("*-00001-*")).write_bytes(b""), "0 bytes are too few"),
     "not finite": (poison, r"tensor model\.layers\.1\.mlp\.up_proj\.weight is not finite at flat index 517"),
+    "kept and not finite": (
+        lambda s: poison(s, "model.embed_tokens.weight", -float("inf")),
+        r"tensor model\.embed_tokens\.weight is not finite at flat index 517",
+    ),
 }
 
 
@@ -142,6 +146,16 @@ def test_bad_sources_are_refused_and_nothing_is_written(damage, message: str, tm
     with pytest.raises(CheckpointError, match=message):
         qpack.convert(source, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir() if path.name != ".config"] == ["source"]
+
+
+def test_what_the_type_that_it_is_kept_in_cannot_hold_is_refused(tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "source")
+    poison(source, value=1e6)
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nmatch = "*.mlp.*"\nkeep = true\ndtype = "float16"\n')
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is not finite at flat index 517"):
+        qpack.convert(source, tmp_path / "packed", rules=rules)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_source_that_is_nowhere_is_refused(tmp_path: Path) -> None:

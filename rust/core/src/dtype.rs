@@ -68,6 +68,13 @@ pub enum Float {
     F32,
 }
 
+/// The index of the first value that is bad: by pieces in which a loop without an exit, which becomes vector code, finds one.
+fn first<T>(values: &[T], is_bad: impl Fn(&T) -> bool) -> Option<usize> {
+    let has_bad = |piece: &[T]| piece.iter().fold(false, |found, value| found | is_bad(value));
+    let (number, piece) = values.chunks(HALVES).enumerate().find(|(_, piece)| has_bad(piece))?;
+    piece.iter().position(is_bad).map(|index| number * HALVES + index)
+}
+
 impl Float {
     /// The float type of a header dtype, where weights of that dtype can be computed with.
     pub fn from_dtype(dtype: Dtype) -> Option<Self> {
@@ -114,6 +121,19 @@ impl Float {
     /// Bytes an element.
     pub fn size(self) -> usize {
         self.dtype().size() as usize
+    }
+
+    /// The index of the first of the little-endian values in `bytes` that is NaN or infinite.
+    pub fn first_non_finite(self, bytes: &[u8]) -> Option<usize> {
+        let halves = |exponent: u16| {
+            let is_bad = |value: &[u8; 2]| u16::from_le_bytes(*value) & exponent == exponent;
+            first(bytes.as_chunks().0, is_bad)
+        };
+        match self {
+            Self::BF16 => halves(0x7f80),
+            Self::F16 => halves(0x7c00),
+            Self::F32 => first(bytes.as_chunks().0, |value| !f32::from_le_bytes(*value).is_finite()),
+        }
     }
 
     /// Decode little-endian `bytes` to f32, exactly.

@@ -22,7 +22,7 @@ pub enum Error {
         /// What was expected and what was found.
         reason: String,
     },
-    /// A weight that is NaN or infinite: no block scale can represent it.
+    /// A weight that is NaN or infinite, or would be in the type that it is written in.
     #[error("{}: tensor {tensor} is not finite at flat index {index}", path.display())]
     NonFinite {
         /// The file that holds the tensor.

@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::Part;
 use super::encoding::Encoding;
 use crate::Result;
+use crate::nested;
 use crate::safetensors::Tensor;
 use crate::stream::CHUNK;
 
@@ -84,9 +85,11 @@ fn runs<'a>(
     let total = of.elements();
     let mut step = CHUNK as u64;
     if encoding.by_rows() {
-        // Whole rows that make whole blocks.
+        // Whole rows that make whole blocks, and whole groups of scales (see `weight`) where these are no longer than a chunk.
         let blocksize = of.packing.map_or(1, |packing| packing.blocksize as u64);
-        let unit = columns * (blocksize >> columns.trailing_zeros().min(blocksize.trailing_zeros()));
+        let rows_of = |length: u64| columns * (length >> columns.trailing_zeros().min(length.trailing_zeros()));
+        let group = rows_of(blocksize * nested::BLOCKSIZE as u64);
+        let unit = if group <= step { group } else { rows_of(blocksize) };
         step = (step / unit).max(1) * unit;
     }
     let start = encoding.bytes(first);

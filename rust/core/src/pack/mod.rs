@@ -286,10 +286,3 @@ impl stream::Recipe for Pack<'_> {
         Ok(Box::new(PackRun::new(self)?))
     }
 }
-
-impl Pack<'_> {
-    fn non_finite(&self, part: &Part, index: u64) -> Error {
-        let path = self.source.file.path().to_owned();
-        Error::NonFinite { path, tensor: part.name.clone(), index }
-    }
-}

@@ -10,7 +10,7 @@ use super::weight::{Piece, Weight};
 use super::{Output, Pack, Part};
 use crate::merge::{Applied, Norms, OpenChange, Values};
 use crate::stream::{Run, Sink, WeightError};
-use crate::{Float, Result};
+use crate::{Dtype, Float, Result};
 
 /// What reads the elements of a source.
 pub(super) struct Reader<'p> {
@@ -87,7 +87,7 @@ pub(super) struct PackRun<'p> {
 /// One part at work, with the index of its first output.
 enum Made<'p> {
     Packed(Box<Weight<'p>>),
-    Kept { output: usize, size: u64 },
+    Kept { output: usize, dtype: Dtype },
 }
 
 impl<'p> PackRun<'p> {
@@ -114,7 +114,7 @@ impl<'p> PackRun<'p> {
                 }
                 Output::Kept(dtype) => {
                     output += 1;
-                    Made::Kept { output: output - 1, size: dtype.size() }
+                    Made::Kept { output: output - 1, dtype: *dtype }
                 }
             });
         }
@@ -125,10 +125,14 @@ impl<'p> PackRun<'p> {
     fn put(&self, part: usize, piece: Piece<'_>, sink: &Sink<'_>) -> Result<Vec<usize>> {
         match &self.made[part] {
             Made::Packed(weight) => {
-                weight.put(piece, sink, |index| self.pack.non_finite(&self.pack.parts[part].0, index))
+                weight.put(piece, sink, |index| self.pack.source.non_finite(&self.pack.parts[part].0.name, index))
             }
-            Made::Kept { output, size } => {
-                sink.write_at(*output, piece.first * size, piece.bytes)?;
+            Made::Kept { output, dtype } => {
+                if let Some(index) = Float::from_dtype(*dtype).and_then(|float| float.first_non_finite(piece.bytes)) {
+                    let name = &self.pack.parts[part].0.name;
+                    return Err(self.pack.source.non_finite(name, piece.first + index as u64));
+                }
+                sink.write_at(*output, piece.first * dtype.size(), piece.bytes)?;
                 Ok(Vec::new())
             }
         }

@@ -75,6 +75,11 @@ impl Tensor<'_> {
         Error::malformed(self.file.path(), format!("tensor {}: {reason}", self.info.name))
     }
 
+    /// That value `index` of the tensor `name`, which is this one or made of it, is NaN or infinite.
+    pub(crate) fn non_finite(&self, name: &str, index: u64) -> Error {
+        Error::NonFinite { path: self.file.path().to_owned(), tensor: name.to_owned(), index }
+    }
+
     /// The float type of the elements.
     ///
     /// # Errors

@@ -1,10 +1,10 @@
-//! Tensors that are written as they are.
+//! Tensors that are written as they are. Of floats all values must be finite.
 
 use std::ops::Range;
 
 use super::{CHUNK, Recipe, Run, Sink};
-use crate::Result;
 use crate::safetensors::{Tensor, TensorSpec};
+use crate::{Float, Result};
 
 /// Bytes that are copied at a time.
 const COPY_CHUNK: u64 = 2 * CHUNK as u64;
@@ -37,7 +37,7 @@ impl Recipe for Copy<'_> {
     }
 
     fn start(&self) -> Result<Box<dyn Run + '_>> {
-        Ok(Box::new(CopyRun))
+        Ok(Box::new(self))
     }
 }
 
@@ -46,11 +46,14 @@ fn copy_chunks(total: u64, step: u64) -> Vec<Range<u64>> {
     (0..total.div_ceil(step)).map(|chunk| chunk * step..(chunk * step + step).min(total)).collect()
 }
 
-struct CopyRun;
-
-impl Run for CopyRun {
+impl Run for &Copy<'_> {
     fn chunk(&self, chunk: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Vec<usize>> {
-        sink.write_at(0, chunk as u64 * COPY_CHUNK, bytes)?;
+        let offset = chunk as u64 * COPY_CHUNK;
+        let info = self.source.info;
+        if let Some(index) = Float::from_dtype(info.dtype).and_then(|float| float.first_non_finite(bytes)) {
+            return Err(self.source.non_finite(&info.name, offset / info.dtype.size() + index as u64));
+        }
+        sink.write_at(0, offset, bytes)?;
         Ok(Vec::new())
     }
 
