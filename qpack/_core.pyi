@@ -39,6 +39,7 @@ __all__ = [
     "fingerprint",
     "measure",
     "merge",
+    "merge_nf4_into",
     "nested_quant_map",
     "pack",
     "plan_merge",
@@ -311,6 +312,23 @@ def dequantize_nf4_into(codes: _Buffer, absmax: _Buffer, dtype: str, blocksize: 
 
     ``codes`` is bytes and ``absmax`` f32; ``weights`` takes the values of ``dtype``, as many as it has room for, as a
     buffer of bytes. Refusals are those of `quantize_nf4_into`.
+    """
+
+def merge_nf4_into(
+    codes: _Buffer,
+    absmax: _Buffer,
+    blocksize: int,
+    left: _Buffer,
+    right: _Buffer,
+    r: int,
+    scale: float,
+    dtype: str,
+    weights: _Buffer,
+) -> None:
+    """The weight that ``codes`` and ``absmax`` stand for, plus ``scale * left @ right``, in memory of the caller's.
+
+    ``left`` (rows, r) and ``right`` (r, columns) are f32. ``weights`` takes rows * columns values of ``dtype`` as a
+    buffer of bytes: the sums in f64, rounded once. Refusals are those of `quantize_nf4_into`.
     """
 
 def quantize_nested(absmax: bytes, offset: float | None = None) -> tuple[bytes, bytes, float]:

@@ -51,6 +51,8 @@ class Change:
     """What the norms of the sum's rows become: ``m / |W + D| * (W + D)``, for a weight of two dimensions."""
     by_columns: bool = False
     """Whether they are norms of columns, as for a weight that lies there as (in_features, out_features)."""
+    of: str | None = None
+    """The weight that this is added to, where the base has none of this name: what was tied to another gets its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// What every processor of this target has.
     Portable,
-    /// AVX2 and F16C (x86-64 since 2013).
+    /// AVX2, F16C and FMA (x86-64 since 2013).
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
@@ -44,7 +44,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") && is_x86_feature_detected!("fma") {
                 return if avx512 { Self::Avx512 } else { Self::Avx2 };
             }
         }

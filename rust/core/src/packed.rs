@@ -90,17 +90,24 @@ impl<'a> Packed<'a> {
 
     /// Decode to f32, of the weights from number `first` on, which starts a block and whose codes are `codes`, those from
     /// number `at` on.
+    #[inline(always)]
     pub(crate) fn decode(&self, scales: &[f32], first: u64, codes: &[u8], at: usize, out: &mut [f32]) {
         let blocksize = self.state.blocksize;
-        let (block, skip) = (at / blocksize, at % blocksize);
-        let end = (skip + out.len()).div_ceil(blocksize);
-        let scales = &scales[(first / blocksize as u64) as usize + block..][..end];
-        let codes = &codes[block * blocksize / 2..];
-        if skip == 0 {
-            return nf4::dequantize(&codes[..out.len().div_ceil(2)], scales, blocksize, out);
-        }
-        let mut whole = vec![0.0; skip + out.len()];
-        nf4::dequantize(&codes[..whole.len().div_ceil(2)], scales, blocksize, &mut whole);
-        out.copy_from_slice(&whole[skip..]);
+        decode(codes, &scales[(first / blocksize as u64) as usize..], blocksize, at, out);
     }
+}
+
+/// Decode to f32 the weights from number `at` on, which need not start a block, of those whose codes are `codes`.
+#[inline(always)]
+pub(crate) fn decode(codes: &[u8], scales: &[f32], blocksize: usize, at: usize, out: &mut [f32]) {
+    let (block, skip) = (at / blocksize, at % blocksize);
+    let elements = skip + out.len();
+    let codes = &codes[block * blocksize / 2..][..elements.div_ceil(2)];
+    let scales = &scales[block..][..elements.div_ceil(blocksize)];
+    if skip == 0 {
+        return nf4::dequantize(codes, scales, blocksize, out);
+    }
+    let mut whole = vec![0.0; elements];
+    nf4::dequantize(codes, scales, blocksize, &mut whole);
+    out.copy_from_slice(&whole[skip..]);
 }

@@ -349,7 +349,7 @@ proptest! {
             strides: [columns, 1],
         };
         let term = LowRank { left: view("b", 2), right: view("a", columns), r: 2, scale: 0.5, rows: None };
-        let change = Change::Sum { terms: vec![term], magnitude: None, by_columns: false };
+        let change = Change::Sum { terms: vec![term], magnitude: None, by_columns: false, of: None };
         let changes = Changes::open(BTreeMap::from([("w".to_owned(), change)])).unwrap();
         let recipes = [recipe("w", vec![part("w", &[rows, columns], None)]), recipe("n", vec![part("n", &[1, 3], None)])];
         let plan = pack::plan(&packed, &recipes, &changes, EXACT, max_shard_bytes).unwrap();

@@ -10,7 +10,7 @@ use qpack_core::merge::{self, Changes};
 /// One of `qpack.adapters.changes`, told by its fields.
 #[derive(FromPyObject)]
 pub enum Change {
-    Sum { terms: Vec<LowRank>, magnitude: Option<Stored>, by_columns: bool },
+    Sum { terms: Vec<LowRank>, magnitude: Option<Stored>, by_columns: bool, of: Option<String> },
     ReplaceRows { tensor: Stored, rows: Vec<u64> },
     Replace { tensor: Stored },
 }
@@ -48,10 +48,11 @@ pub fn opened(changes: BTreeMap<String, Change>) -> Result<Changes> {
 impl From<Change> for merge::Change {
     fn from(change: Change) -> Self {
         match change {
-            Change::Sum { terms, magnitude, by_columns } => Self::Sum {
+            Change::Sum { terms, magnitude, by_columns, of } => Self::Sum {
                 terms: terms.into_iter().map(merge::LowRank::from).collect(),
                 magnitude: magnitude.map(merge::Stored::from),
                 by_columns,
+                of,
             },
             Change::ReplaceRows { tensor, rows } => Self::ReplaceRows { tensor: tensor.into(), rows },
             Change::Replace { tensor } => Self::Replace(tensor.into()),

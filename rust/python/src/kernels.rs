@@ -9,6 +9,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use qpack_core::encoded::{fp8, mxfp4};
+use qpack_core::merge::{Factors, merge_nf4};
 use qpack_core::{Dtype, Float, nested, nf4, search};
 
 /// The float type that torch gives this name.
@@ -148,6 +149,45 @@ pub fn dequantize_nf4_into(
     let elements = elements(weights, float)?;
     check_parts(codes.len(), absmax.len(), elements, blocksize)?;
     py.detach(|| nf4::dequantize_to(float, codes, absmax, blocksize, weights));
+    Ok(())
+}
+
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "buffers of the caller's")]
+pub fn merge_nf4_into(
+    py: Python<'_>,
+    codes: PyBuffer<u8>,
+    absmax: PyBuffer<f32>,
+    blocksize: usize,
+    left: PyBuffer<f32>,
+    right: PyBuffer<f32>,
+    r: usize,
+    scale: f64,
+    dtype: &str,
+    mut weights: PyBuffer<u8>,
+) -> PyResult<()> {
+    check_blocksize(blocksize)?;
+    let float = float(dtype)?;
+    let inputs =
+        [("codes", place(&codes)), ("absmax", place(&absmax)), ("left", place(&left)), ("right", place(&right))];
+    for input in inputs {
+        check_apart(&[("weights", place(&weights)), input])?;
+    }
+    let (codes, absmax) = (contents("codes", &codes)?, contents("absmax", &absmax)?);
+    let (left, right) = (contents("left", &left)?, contents("right", &right)?);
+    for (name, factor) in [("left", left), ("right", right)] {
+        if r == 0 || factor.is_empty() || !factor.len().is_multiple_of(r) {
+            return Err(PyValueError::new_err(format!(
+                "{name} has {} items, which rank {r} does not divide",
+                factor.len()
+            )));
+        }
+    }
+    let elements = left.len() / r * (right.len() / r);
+    let weights = contents_mut("weights", &mut weights, elements * float.size())?;
+    check_parts(codes.len(), absmax.len(), elements, blocksize)?;
+    let factors = Factors { left, right, r, scale };
+    py.detach(|| merge_nf4(codes, absmax, blocksize, factors, float, weights));
     Ok(())
 }
 

@@ -1,30 +1,16 @@
-//! A change at work: values of a weight in, in any order of pieces; changed values out, as bytes of a float type.
+//! A change at work: values of a weight in, in any order of runs; changed values out, as bytes of a float type.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Mutex, OnceLock};
 
 use super::factors::Segment;
-use super::{Norms, round};
-use crate::Float;
-use crate::isa::vectorized;
+use super::fast::LARGE_SQUARES;
+use super::region::{Region, TILE, Values, rectangles, squares, squares_of_weights};
+use super::{Norms, fast, round};
+use crate::isa::{compiled_for, vectorized};
 use crate::sync::lock;
-
-/// Columns that are computed at a time.
-const TILE: usize = 512;
-
-/// Sums of squares are taken in this many lanes, whatever the processor has.
-const LANES: usize = 16;
-
-/// A run of a weight's elements, and how to read them.
-pub(crate) struct Values<D: Fn(usize, &mut [f32])> {
-    /// Number of the first element in the weight.
-    pub(crate) first: u64,
-    /// How many elements there are.
-    pub(crate) len: usize,
-    /// Decode elements, from that of this number in the run on.
-    pub(crate) decode: D,
-}
+use crate::{Float, Isa};
 
 /// The change of one weight, its factors in memory.
 pub(crate) struct Applied {
@@ -51,19 +37,12 @@ struct Dora {
     factors: OnceLock<Vec<f64>>,
 }
 
-/// Elements of one row.
-struct Piece {
-    row: usize,
-    columns: Range<usize>,
-    /// Number of the first one in the run.
-    at: usize,
-}
-
 /// Room for the columns of a tile.
-struct Scratch {
+struct Tile {
     weight: [f32; TILE],
     sum: [f64; TILE],
     product: [f64; TILE],
+    rounded: [f32; TILE],
 }
 
 impl Applied {
@@ -93,24 +72,37 @@ impl Applied {
     }
 
     /// Take the sums of squares that the norms are made of. In any order; the sums do not depend on it.
-    pub(crate) fn measure(&self, values: &Values<impl Fn(usize, &mut [f32])>) {
+    pub(crate) fn measure(&self, values: &impl Values) {
         let Some(dora) = self.dora() else { return };
         let [_, columns] = self.size;
-        let first = values.first as usize;
+        let (first, len) = (values.first() as usize, values.len());
         let first_row = if dora.by_columns { 0 } else { first / columns };
-        let rows = (first + values.len).div_ceil(columns) - first / columns;
-        let mut squares = vec![0.0; if dora.by_columns { columns } else { rows }];
-        self.each_tile(values, |piece, scratch| {
-            let sums = &scratch.sum[..piece.columns.len()];
-            if dora.by_columns {
-                for (square, &value) in squares[piece.columns.clone()].iter_mut().zip(sums) {
-                    *square += value * value;
-                }
-            } else {
-                squares[piece.row - first_row] += sum_of_squares(sums.iter().copied());
-            }
+        let rows = (first + len).div_ceil(columns) - first / columns;
+        let mut found = vec![0.0; if dora.by_columns { columns } else { rows }];
+        self.each_region(values, Float::F32, &mut [], |region, segment| {
+            compiled_for(
+                Isa::current(),
+                #[inline(always)]
+                || {
+                    self.each_tile(
+                        region,
+                        segment,
+                        #[inline(always)]
+                        |row, columns, tile, _| {
+                            let sums = &tile.sum[..columns.len()];
+                            if dora.by_columns {
+                                for (found, &value) in found[columns].iter_mut().zip(sums) {
+                                    *found += value * value;
+                                }
+                            } else {
+                                found[row - first_row] += squares(sums);
+                            }
+                        },
+                    );
+                },
+            );
         });
-        lock(&dora.squares).insert(values.first, (first_row, squares));
+        lock(&dora.squares).insert(values.first(), (first_row, found));
     }
 
     /// All values have been measured.
@@ -119,42 +111,73 @@ impl Applied {
     /// One line, if a norm is zero or not finite.
     pub(crate) fn measured(&self) -> Result<(), String> {
         let Some(dora) = self.dora() else { return Ok(()) };
-        let mut squares = vec![0.0; dora.magnitude.len()];
+        let mut all = vec![0.0; dora.magnitude.len()];
         for (first, found) in std::mem::take(&mut *lock(&dora.squares)).into_values() {
-            for (square, found) in squares[first..].iter_mut().zip(found) {
+            for (square, found) in all[first..].iter_mut().zip(found) {
                 *square += found;
             }
         }
-        if let Some(index) = squares.iter().position(|&square| !square.is_normal()) {
+        if let Some(index) = all.iter().position(|&square| !square.is_normal()) {
             let what = if dora.by_columns { "column" } else { "row" };
-            let norm = squares[index].sqrt();
+            let norm = all[index].sqrt();
             return Err(format!("{what} {index} of {} has norm {norm}, which no magnitude can scale", self.name));
         }
-        let factors = squares.iter().zip(&dora.magnitude);
+        let factors = all.iter().zip(&dora.magnitude);
         let factors = factors.map(|(square, &magnitude)| f64::from(magnitude) / square.sqrt()).collect();
         dora.factors.set(factors).expect("measured once");
         Ok(())
     }
 
     /// The changed values, as bytes of type `to`, rounded once.
-    pub(crate) fn apply(&self, values: &Values<impl Fn(usize, &mut [f32])>, to: Float, out: &mut [u8]) {
-        let mut squares = [0.0; 2];
-        let mut rounded = [0.0; TILE];
-        let told = matches!(self.kind, Kind::Sum { dora: None, .. });
-        self.each_tile(values, |piece, scratch| {
-            let count = piece.columns.len();
-            let (weight, sum) = (&scratch.weight[..count], &mut scratch.sum[..count]);
-            if let Some(dora) = self.dora() {
-                dora.scale(&piece, sum);
+    pub(crate) fn apply(&self, values: &impl Values, to: Float, out: &mut [u8]) {
+        self.apply_on(Isa::current(), values, to, out);
+    }
+
+    pub(super) fn apply_on(&self, isa: Isa, values: &impl Values, to: Float, out: &mut [u8]) {
+        let weight = squares_of(values);
+        let mut change = 0.0;
+        let in_f32 = to != Float::F32 && weight < LARGE_SQUARES && self.dora().is_none();
+        let mut floats = Vec::new();
+        self.each_region(values, to, out, |region, segment| {
+            if !(in_f32 && fast::sum(isa, region, segment, &mut floats)) {
+                change += self.sum_exactly(isa, region, segment);
             }
-            squares[0] += sum_of_squares(weight.iter().map(|&weight| f64::from(weight)));
-            if !told {
-                squares[1] += sum_of_squares(sum.iter().zip(weight).map(|(sum, &weight)| sum - f64::from(weight)));
-            }
-            let out = &mut out[piece.at * to.size()..][..count * to.size()];
-            round::encode(to, sum, &mut rounded[..count], out);
         });
-        lock(&self.squares).insert(values.first, squares);
+        lock(&self.squares).insert(values.first(), [weight, change]);
+    }
+
+    /// Sum in f64. Returns the sum of the change's squares where the factors do not tell it.
+    fn sum_exactly(&self, isa: Isa, region: &mut Region<'_, impl Values>, segment: Option<&Segment>) -> f64 {
+        let told = matches!(self.kind, Kind::Sum { dora: None, .. });
+        let mut change = 0.0;
+        compiled_for(
+            isa,
+            #[inline(always)]
+            || {
+                self.each_tile(
+                    region,
+                    segment,
+                    #[inline(always)]
+                    |row, columns, tile, region| {
+                        let (at, count, size) = (region.at(row, columns.start), columns.len(), region.to.size());
+                        let (weight, sum) = (&tile.weight[..count], &mut tile.sum[..count]);
+                        if let Some(dora) = self.dora() {
+                            dora.scale(row, columns, sum);
+                        }
+                        if !told {
+                            let changes = &mut tile.product[..count];
+                            for (change, (sum, &weight)) in changes.iter_mut().zip(sum.iter().zip(weight)) {
+                                *change = sum - f64::from(weight);
+                            }
+                            change += squares(changes);
+                        }
+                        let out = &mut region.out[at * size..][..count * size];
+                        round::encode(region.to, sum, &mut tile.rounded[..count], out);
+                    },
+                );
+            },
+        );
+        change
     }
 
     /// How much the weight is changed; known when all of it has been.
@@ -167,6 +190,11 @@ impl Applied {
         Norms { change: change.sqrt(), weight: weight.sqrt() }
     }
 
+    /// The weight's name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     fn dora(&self) -> Option<&Dora> {
         match &self.kind {
             Kind::Sum { dora, .. } => dora.as_ref(),
@@ -174,108 +202,200 @@ impl Applied {
         }
     }
 
-    /// Call `with` with every tile of `values`: the weight, and its sum with the low-rank changes, or what replaces it.
-    fn each_tile(&self, values: &Values<impl Fn(usize, &mut [f32])>, mut with: impl FnMut(Piece, &mut Scratch)) {
-        let [_, columns] = self.size;
-        let mut scratch = Scratch { weight: [0.0; TILE], sum: [0.0; TILE], product: [0.0; TILE] };
-        let mut at = 0;
-        vectorized(
-            #[inline(always)]
-            || {
-                while at < values.len {
-                    let first = values.first as usize + at;
-                    let (row, column) = (first / columns, first % columns);
-                    let count = TILE.min(columns - column).min(values.len - at);
-                    let piece = Piece { row, columns: column..column + count, at };
-                    (values.decode)(at, &mut scratch.weight[..count]);
-                    self.add(&piece, &mut scratch);
-                    with(piece, &mut scratch);
-                    at += count;
-                }
-            },
-        );
+    /// Call `visit` with the regions of a run, each with its segment if it has one.
+    fn each_region<V: Values>(
+        &self,
+        values: &V,
+        to: Float,
+        out: &mut [u8],
+        mut visit: impl FnMut(&mut Region<'_, V>, Option<&Segment>),
+    ) {
+        let [_, width] = self.size;
+        for (rows, columns) in rectangles(values.first() as usize, values.len(), width) {
+            let mut row = rows.start;
+            while row < rows.end {
+                let (segment, end) = self.segment(row);
+                let rows = row..end.min(rows.end);
+                row = rows.end;
+                let columns = columns.clone();
+                let mut region = Region { values, rows, columns, width, to, out: &mut *out };
+                visit(&mut region, segment);
+            }
+        }
+    }
+
+    /// The segment that a row lies in, if it lies in one, and the row before which that is so.
+    fn segment(&self, row: usize) -> (Option<&Segment>, usize) {
+        let segments = match &self.kind {
+            Kind::Sum { segments, .. } => &segments[..],
+            Kind::Rows { .. } => &[],
+        };
+        let next = segments.partition_point(|segment| segment.rows.end <= row);
+        match segments.get(next) {
+            Some(segment) if segment.rows.start <= row => (Some(segment), segment.rows.end),
+            Some(segment) => (None, segment.rows.start),
+            None => (None, usize::MAX),
+        }
+    }
+
+    /// Call `visit` with every tile of a region: its row and columns, the weight, and its sum with the change in f64.
+    #[inline(always)]
+    fn each_tile<'r, V: Values>(
+        &self,
+        region: &mut Region<'r, V>,
+        segment: Option<&Segment>,
+        mut visit: impl FnMut(usize, Range<usize>, &mut Tile, &mut Region<'r, V>),
+    ) {
+        let [weight, rounded] = [[0.0; TILE]; 2];
+        let [sum, product] = [[0.0; TILE]; 2];
+        let mut tile = Tile { weight, sum, product, rounded };
+        for start in region.columns.clone().step_by(TILE) {
+            let columns = start..region.columns.end.min(start + TILE);
+            for row in region.rows.clone() {
+                region.values.decode(region.at(row, start), &mut tile.weight[..columns.len()]);
+                self.sum_tile(row, columns.clone(), segment, &mut tile);
+                visit(row, columns.clone(), &mut tile, region);
+            }
+        }
     }
 
     #[inline(always)]
-    fn add(&self, piece: &Piece, scratch: &mut Scratch) {
-        let [_, columns] = self.size;
-        let count = piece.columns.len();
-        let Scratch { weight, sum, product } = scratch;
-        let (weight, sum, product) = (&weight[..count], &mut sum[..count], &mut product[..count]);
-        match &self.kind {
-            Kind::Rows { rows, values } => {
-                let replaced = rows.get(&piece.row).map(|row| &values[row * columns..][piece.columns.clone()]);
-                for (sum, &value) in sum.iter_mut().zip(replaced.unwrap_or(weight)) {
-                    *sum = f64::from(value);
-                }
+    fn sum_tile(&self, row: usize, columns: Range<usize>, segment: Option<&Segment>, tile: &mut Tile) {
+        let count = columns.len();
+        let (weight, sum) = (&tile.weight[..count], &mut tile.sum[..count]);
+        if let Some(segment) = segment {
+            segment.delta(row, columns, sum, &mut tile.product[..count]);
+            for (sum, &weight) in sum.iter_mut().zip(weight) {
+                *sum += f64::from(weight);
             }
-            Kind::Sum { segments, .. } => {
-                let after = segments.partition_point(|segment| segment.rows.end <= piece.row);
-                match segments.get(after) {
-                    Some(segment) if segment.rows.contains(&piece.row) => {
-                        segment.delta(piece, columns, sum, product);
-                        for (sum, &weight) in sum.iter_mut().zip(weight) {
-                            *sum += f64::from(weight);
-                        }
-                    }
-                    _ => {
-                        for (sum, &weight) in sum.iter_mut().zip(weight) {
-                            *sum = f64::from(weight);
-                        }
-                    }
-                }
-            }
+            return;
+        }
+        let replaced = match &self.kind {
+            Kind::Rows { rows, values } => rows.get(&row).map(|row| &values[row * self.size[1]..][columns]),
+            Kind::Sum { .. } => None,
+        };
+        for (sum, &value) in sum.iter_mut().zip(replaced.unwrap_or(weight)) {
+            *sum = f64::from(value);
         }
     }
 }
 
-impl Segment {
-    /// The change itself, in f64: each term is summed in the order of the rank and then scaled, and the terms are added
-    /// in order. Products of two f32 are exact.
-    #[inline(always)]
-    fn delta(&self, piece: &Piece, columns: usize, delta: &mut [f64], product: &mut [f64]) {
-        let left = &self.left[(piece.row - self.rows.start) * self.rank..][..self.rank];
-        delta.fill(0.0);
-        let mut first = 0;
-        for &(r, scale) in &self.terms {
-            product.fill(0.0);
-            for (rank, &factor) in (first..).zip(&left[first..first + r]) {
-                let factor = f64::from(factor);
-                let right = &self.right[rank * columns..][piece.columns.clone()];
-                for (product, &right) in product.iter_mut().zip(right) {
-                    *product += factor * f64::from(right);
-                }
+/// The sum of squares of all of a run's elements.
+fn squares_of(values: &impl Values) -> f64 {
+    let mut tile = [0.0; TILE];
+    let mut sum = 0.0;
+    vectorized(
+        #[inline(always)]
+        || {
+            for at in (0..values.len()).step_by(TILE) {
+                let tile = &mut tile[..TILE.min(values.len() - at)];
+                values.decode(at, tile);
+                sum += squares_of_weights(tile);
             }
-            for (delta, &product) in delta.iter_mut().zip(&*product) {
-                *delta += scale * product;
-            }
-            first += r;
-        }
-    }
+        },
+    );
+    sum
 }
 
 impl Dora {
     #[inline(always)]
-    fn scale(&self, piece: &Piece, values: &mut [f64]) {
+    fn scale(&self, row: usize, columns: Range<usize>, values: &mut [f64]) {
         let factors = self.factors.get().expect("all values have been measured");
         if self.by_columns {
-            for (value, factor) in values.iter_mut().zip(&factors[piece.columns.clone()]) {
+            for (value, factor) in values.iter_mut().zip(&factors[columns]) {
                 *value *= factor;
             }
         } else {
-            let factor = factors[piece.row];
             for value in values {
-                *value *= factor;
+                *value *= factors[row];
             }
         }
     }
 }
 
-#[inline(always)]
-fn sum_of_squares(values: impl Iterator<Item = f64>) -> f64 {
-    let mut lanes = [0.0; LANES];
-    for (index, value) in values.enumerate() {
-        lanes[index % LANES] += value * value;
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    struct Floats(u64, Vec<f32>);
+
+    impl Values for Floats {
+        fn first(&self) -> u64 {
+            self.0
+        }
+
+        fn len(&self) -> usize {
+            self.1.len()
+        }
+
+        fn decode(&self, at: usize, out: &mut [f32]) {
+            out.copy_from_slice(&self.1[at..][..out.len()]);
+        }
     }
-    lanes.iter().sum()
+
+    /// Any float but NaN and infinity: mostly of the sizes that weights have, some at the ends of the range, and many that
+    /// are whole steps of bfloat16 and f16, so that sums are ties.
+    fn float() -> impl Strategy<Value = f32> {
+        prop_oneof![
+            8 => -1.0_f32..1.0,
+            4 => (-512..512_i32).prop_map(|steps| steps as f32 / 4096.0),
+            2 => Just(0.0),
+            1 => prop::num::f32::NORMAL | prop::num::f32::SUBNORMAL,
+            1 => (-40..38_i32).prop_map(|exponent| 10_f32.powi(exponent)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(150))]
+
+        /// On every instruction set, and however the weight is cut into runs, the bytes are those of f64 rounded once.
+        #[test]
+        fn sums_are_exact_everywhere(
+            (rows, columns, rank) in (1_usize..20, 1_usize..80, 1_usize..20),
+            first_row in 0_usize..3,
+            scale in prop_oneof![Just(2.0), Just(-0.3), Just(1e-30), Just(1e20)],
+            cut in any::<prop::sample::Index>(),
+            seed in prop::collection::vec(float(), 4096),
+        ) {
+            let mut floats = seed.into_iter().cycle();
+            let mut take = |count: usize| floats.by_ref().take(count).collect::<Vec<f32>>();
+            let height = first_row + rows + 2;
+            let (weights, left, right) = (take(height * columns), take(rows * rank), take(rank * columns));
+            let terms = vec![(rank / 2, scale), (rank - rank / 2, 1.0)];
+            let changed = first_row..first_row + rows;
+            let exact = |index: usize| {
+                let (row, column) = (index / columns, index % columns);
+                let weight = f64::from(weights[index]);
+                if !changed.contains(&row) {
+                    return weight;
+                }
+                let product = |rank_index: usize| {
+                    let left = left[(row - first_row) * rank + rank_index];
+                    f64::from(left) * f64::from(right[rank_index * columns + column])
+                };
+                let first: f64 = (0..rank / 2).map(product).fold(0.0, |sum, product| sum + product);
+                let second: f64 = (rank / 2..rank).map(product).fold(0.0, |sum, product| sum + product);
+                weight + (0.0 + scale * first + second)
+            };
+            let exact: Vec<f64> = (0..weights.len()).map(exact).collect();
+            let cut = cut.index(weights.len());
+            for to in [Float::BF16, Float::F16, Float::F32] {
+                let mut expected = vec![0; weights.len() * to.size()];
+                round::encode(to, &exact, &mut vec![0.0; exact.len()], &mut expected);
+                for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {
+                    let segment =
+                        Segment::new(changed.clone(), columns, left.clone(), right.clone(), terms.clone());
+                    let change = Applied::sum("w".into(), vec![segment], [height, columns], None, false);
+                    let mut found = vec![0; expected.len()];
+                    let (head, tail) = found.split_at_mut(cut * to.size());
+                    change.apply_on(isa, &Floats(0, weights[..cut].to_vec()), to, head);
+                    change.apply_on(isa, &Floats(cut as u64, weights[cut..].to_vec()), to, tail);
+                    let differs = found.chunks(to.size()).zip(expected.chunks(to.size())).position(|(a, b)| a != b);
+                    prop_assert_eq!(differs, None, "{:?} {:?}", isa, to);
+                }
+            }
+        }
+    }
 }

@@ -8,6 +8,9 @@ use super::Term;
 use crate::Result;
 use crate::safetensors::Tensor;
 
+/// Floats that the kernels read at once.
+pub(super) const STRIP: usize = 32;
+
 /// A matrix in a tensor that has been found, all of it in the tensor.
 #[derive(Debug)]
 pub(super) struct ReadView<'a> {
@@ -41,13 +44,18 @@ impl<'a> ReadView<'a> {
 #[derive(Debug)]
 pub(super) struct Segment {
     pub(super) rows: Range<usize>,
+    pub(super) columns: usize,
     pub(super) rank: usize,
     /// (rows, rank)
     pub(super) left: Vec<f32>,
-    /// (rank, columns)
+    /// (rank, columns), and room to read one strip of the kernels behind them.
     pub(super) right: Vec<f32>,
     /// Rank and scale of each term.
     pub(super) terms: Vec<(usize, f64)>,
+    /// The scale of each rank.
+    pub(super) scales: Vec<f64>,
+    /// The largest norm of a column of `right`.
+    pub(super) column_norm: f64,
 }
 
 impl Segment {
@@ -69,7 +77,7 @@ impl Segment {
 
     fn read(terms: &[&Term<'_>], rows: Range<usize>, columns: usize, known: &mut Known) -> Result<Self> {
         let rank = terms.iter().map(|term| term.left.size[1]).sum();
-        let (mut left, mut right) = (vec![0.0; rows.len() * rank], Vec::with_capacity(rank * columns));
+        let (mut left, mut right) = (vec![0.0; rows.len() * rank], Vec::with_capacity(rank * columns + STRIP));
         let mut first = 0;
         for term in terms {
             let r = term.left.size[1];
@@ -86,22 +94,75 @@ impl Segment {
             first += r;
         }
         let terms = terms.iter().map(|term| (term.left.size[1], term.scale)).collect();
-        Ok(Self { rows, rank, left, right, terms })
+        Ok(Self::new(rows, columns, left, right, terms))
+    }
+
+    pub(super) fn new(
+        rows: Range<usize>,
+        columns: usize,
+        left: Vec<f32>,
+        mut right: Vec<f32>,
+        terms: Vec<(usize, f64)>,
+    ) -> Self {
+        let mut squares = vec![0.0; columns];
+        for row in right.chunks_exact(columns) {
+            for (square, &value) in squares.iter_mut().zip(row) {
+                *square += f64::from(value) * f64::from(value);
+            }
+        }
+        let column_norm = squares.into_iter().fold(0.0, f64::max).sqrt();
+        let rank = right.len() / columns;
+        right.resize(right.len() + STRIP, 0.0);
+        let scales = terms.iter().flat_map(|&(r, scale)| vec![scale; r]).collect();
+        Self { rows, columns, rank, left, right, terms, scales, column_norm }
+    }
+
+    /// The left factors of a row of the weight.
+    pub(super) fn left_of(&self, row: usize) -> &[f32] {
+        &self.left[(row - self.rows.start) * self.rank..][..self.rank]
+    }
+
+    /// The changes of some columns of a row, in f64: each term is summed in the order of the rank and then scaled, and the
+    /// terms are added in order. Products of two f32 are exact. `product` is room for as many.
+    #[inline(always)]
+    pub(super) fn delta(&self, row: usize, columns: Range<usize>, delta: &mut [f64], product: &mut [f64]) {
+        let left = self.left_of(row);
+        delta.fill(0.0);
+        let mut first = 0;
+        for &(r, scale) in &self.terms {
+            product.fill(0.0);
+            for (rank, &factor) in (first..).zip(&left[first..first + r]) {
+                let factor = f64::from(factor);
+                let right = &self.right[rank * self.columns..][columns.clone()];
+                for (product, &right) in product.iter_mut().zip(right) {
+                    *product += factor * f64::from(right);
+                }
+            }
+            for (delta, &product) in delta.iter_mut().zip(&*product) {
+                *delta += scale * product;
+            }
+            first += r;
+        }
+    }
+
+    /// The sum of `weight` and its change, in f64.
+    pub(super) fn exact(&self, row: usize, column: usize, weight: f32) -> f64 {
+        let mut delta = [0.0];
+        self.delta(row, column..column + 1, &mut delta, &mut [0.0]);
+        f64::from(weight) + delta[0]
     }
 
     /// The squared Frobenius norm of the change: the sum over all pairs of ranks of the products of `L^T L` and `R R^T`.
     pub(super) fn squared_norm(&self) -> f64 {
-        let scales: Vec<f64> = self.terms.iter().flat_map(|&(r, scale)| vec![scale; r]).collect();
-        let columns = self.right.len() / self.rank;
         let mut total = 0.0;
         for first in 0..self.rank {
             for second in 0..=first {
                 let rows = self.left.chunks_exact(self.rank);
                 let left: f64 = rows.map(|row| f64::from(row[first]) * f64::from(row[second])).sum();
-                let [a, b] = [first, second].map(|rank| &self.right[rank * columns..][..columns]);
+                let [a, b] = [first, second].map(|rank| &self.right[rank * self.columns..][..self.columns]);
                 let right: f64 = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
                 let twice = if first == second { 1.0 } else { 2.0 };
-                total += twice * scales[first] * scales[second] * left * right;
+                total += twice * self.scales[first] * self.scales[second] * left * right;
             }
         }
         total.max(0.0)

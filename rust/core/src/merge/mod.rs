@@ -11,7 +11,15 @@
 //! it. Never back to 4 bits from a packed weight: most codes would round to where they were, and the adapter with them.
 
 mod apply;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod buffers;
 mod factors;
+mod fast;
+mod lanes;
+mod region;
 mod round;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,8 +27,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::slice;
 
-pub(crate) use apply::{Applied, Values};
+pub(crate) use apply::Applied;
+pub use buffers::{Factors, merge_nf4};
 use factors::{ReadView, Segment};
+pub(crate) use region::{Codes, ROWS, Values};
 use serde::{Deserialize, Serialize};
 
 use crate::safetensors::{Checkpoint, Tensor};
@@ -72,6 +82,9 @@ pub enum Change {
         magnitude: Option<Stored>,
         /// Whether magnitudes and norms are those of columns.
         by_columns: bool,
+        /// The weight that this is added to, where it is not the one of this name, which then must not be there: so what
+        /// was tied to another weight gets values of its own.
+        of: Option<String>,
     },
     /// Another tensor takes its place.
     Replace(Stored),
@@ -133,6 +146,14 @@ impl Changes {
         self.by_name.keys().map(String::as_str)
     }
 
+    /// The name of the weight that the change of `name` starts from.
+    pub(crate) fn origin<'n>(&'n self, name: &'n str) -> &'n str {
+        match self.by_name.get(name) {
+            Some(Change::Sum { of: Some(of), .. }) => of,
+            _ => name,
+        }
+    }
+
     /// The tensor that takes the place of the weight `name`, if one does.
     pub(crate) fn replacement(&self, name: &str) -> Result<Option<Tensor<'_>>> {
         match self.by_name.get(name) {
@@ -149,7 +170,7 @@ impl Changes {
         let size = [rows, columns];
         let kind = match change {
             Change::Replace(_) => return Ok(None),
-            Change::Sum { terms, magnitude, by_columns } => {
+            Change::Sum { terms, magnitude, by_columns, .. } => {
                 let terms = terms.iter().map(|term| self.open_term(term, name, size)).collect::<Result<_>>()?;
                 let magnitude = magnitude.as_ref().map(|stored| self.tensor(stored)).transpose()?;
                 if let Some(tensor) = magnitude {

@@ -5,12 +5,11 @@
 
 use std::ops::Range;
 
-use super::Part;
 use super::encoding::Encoding;
-use crate::Result;
-use crate::nested;
+use super::{Packing, Part};
 use crate::safetensors::Tensor;
 use crate::stream::CHUNK;
+use crate::{Result, merge, nested};
 
 /// Bytes that are read together.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,11 +38,11 @@ struct View {
     columns: u64,
 }
 
-/// The chunks of `source`, in order. They cover it, and every element of it belongs to exactly one part.
+/// The chunks of `source`, which is `changed` or not, in order. They cover it, and every element of it belongs to exactly one part.
 ///
 /// # Errors
 /// [`crate::Error::Malformed`] if a part is not in the source, or they leave something out or overlap.
-pub(super) fn split(source: &Tensor<'_>, encoding: &Encoding<'_>, parts: &[Part]) -> Result<Vec<Chunk>> {
+pub(super) fn split(source: &Tensor<'_>, encoding: &Encoding<'_>, parts: &[Part], changed: bool) -> Result<Vec<Chunk>> {
     let mut chunks = Vec::new();
     let mut next = 0;
     let mut matrix = 0;
@@ -57,7 +56,7 @@ pub(super) fn split(source: &Tensor<'_>, encoding: &Encoding<'_>, parts: &[Part]
         if in_runs {
             for part in group.clone() {
                 let first = matrix * size + parts[part].rows.0 * view.columns;
-                chunks.extend(runs(encoding, view.columns, part, first, &parts[part]));
+                chunks.extend(runs(encoding, view.columns, part, first, &parts[part], changed));
             }
         } else {
             let first = matrix * size;
@@ -81,16 +80,23 @@ fn runs<'a>(
     part: usize,
     first: u64,
     of: &'a Part,
+    changed: bool,
 ) -> impl Iterator<Item = Chunk> + use<'a> {
     let total = of.elements();
     let mut step = CHUNK as u64;
+    // Whole rows that make whole blocks, and whole groups of scales (see `weight`) where these are no longer than a chunk.
+    let rows_of = |length: u64| columns * (length >> columns.trailing_zeros().min(length.trailing_zeros()));
+    let (blocksize, group) = match of.packing {
+        Some(Packing { blocksize, .. }) => (blocksize as u64, blocksize as u64 * nested::BLOCKSIZE as u64),
+        None => (encoding.blocksize(), encoding.blocksize()),
+    };
     if encoding.by_rows() {
-        // Whole rows that make whole blocks, and whole groups of scales (see `weight`) where these are no longer than a chunk.
-        let blocksize = of.packing.map_or(1, |packing| packing.blocksize as u64);
-        let rows_of = |length: u64| columns * (length >> columns.trailing_zeros().min(length.trailing_zeros()));
-        let group = rows_of(blocksize * nested::BLOCKSIZE as u64);
-        let unit = if group <= step { group } else { rows_of(blocksize) };
+        let unit = if rows_of(group) <= step { rows_of(group) } else { rows_of(blocksize) };
         step = (step / unit).max(1) * unit;
+    } else if changed {
+        // Rows are changed together; those that are cut take longer.
+        let unit = [merge::ROWS as u64 * rows_of(group), rows_of(group)].into_iter().find(|&unit| unit <= step);
+        step = unit.map_or(step, |unit| step / unit * unit);
     }
     let start = encoding.bytes(first);
     let scale = (encoding.bytes(2 * step), 2 * step); // bytes to elements, whole even for half a byte an element

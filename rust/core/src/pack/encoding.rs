@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use super::Recipe;
 use crate::encoded::{fp8, mxfp4};
+use crate::merge::Codes;
 use crate::packed::Packed;
 use crate::safetensors::{Checkpoint, Tensor};
 use crate::{Dtype, Float, Result};
@@ -52,10 +53,11 @@ pub(super) enum Elements<'b> {
 }
 
 impl<'a> Encoding<'a> {
-    pub(super) fn open(checkpoint: &'a Checkpoint, recipe: &Recipe) -> Result<Self> {
-        let source = checkpoint.tensor(&recipe.source)?;
-        if Packed::is(checkpoint, &recipe.source) {
-            return Ok(Self::Packed(Packed::open(checkpoint, &recipe.source)?));
+    /// How the tensor `name`, the source of `recipe`, is stored.
+    pub(super) fn open(checkpoint: &'a Checkpoint, name: &str, recipe: &Recipe) -> Result<Self> {
+        let source = checkpoint.tensor(name)?;
+        if Packed::is(checkpoint, name) {
+            return Ok(Self::Packed(Packed::open(checkpoint, name)?));
         }
         let Some(scale) = &recipe.scale else { return Ok(Self::Plain(source)) };
         let scales = checkpoint.tensor(scale)?;
@@ -102,6 +104,14 @@ impl<'a> Encoding<'a> {
             Self::Plain(source) => elements * source.info.dtype.size(),
             Self::Fp8 { .. } => elements,
             Self::Mxfp4 { .. } | Self::Packed(_) => elements.div_ceil(2),
+        }
+    }
+
+    /// Elements that can only be decoded together, from the first one on.
+    pub(super) fn blocksize(&self) -> u64 {
+        match self {
+            Self::Packed(packed) => packed.state().blocksize as u64,
+            _ => 1,
         }
     }
 
@@ -173,5 +183,12 @@ impl Elements<'_> {
             Self::Plain(None, _) => unreachable!("only floats are changed"),
             Self::Packed { packed, scales, first, codes, .. } => packed.decode(scales, *first, codes, at, out),
         }
+    }
+
+    /// The codes and scales that are decoded, where they are packed.
+    pub(super) fn codes(&self) -> Option<Codes<'_>> {
+        let Self::Packed { packed, scales, first, codes, .. } = self else { return None };
+        let blocksize = packed.state().blocksize;
+        Some(Codes { packed: codes, scales: &scales[(first / blocksize as u64) as usize..], blocksize })
     }
 }

@@ -137,7 +137,14 @@ pub fn plan<'a>(
 
 /// The source tensor `name`: of the checkpoint, or what takes its place.
 fn find<'a>(checkpoint: &'a Checkpoint, name: &str, changes: &'a Changes) -> Result<Tensor<'a>> {
-    changes.replacement(name)?.map_or_else(|| checkpoint.tensor(name), Ok)
+    if let Some(replacement) = changes.replacement(name)? {
+        return Ok(replacement);
+    }
+    let origin = changes.origin(name);
+    match checkpoint.get(name) {
+        Some(tensor) if origin != name => Err(tensor.error(format!("is there, and is to be made of {origin}"))),
+        _ => checkpoint.tensor(origin),
+    }
 }
 
 impl Part {
@@ -190,7 +197,7 @@ impl<'a> Pack<'a> {
         let source = find(checkpoint, &recipe.source, changes)?;
         let encoding = match changes.replacement(&recipe.source)? {
             Some(replacement) => Encoding::Plain(replacement),
-            None => Encoding::open(checkpoint, recipe)?,
+            None => Encoding::open(checkpoint, changes.origin(&recipe.source), recipe)?,
         };
         let change = changes.open_change(&recipe.source, encoding.shape())?;
         if change.is_some() && encoding.float().is_none() {
@@ -199,7 +206,7 @@ impl<'a> Pack<'a> {
         let output = |part| output(&source, &encoding, part, change.is_some(), options);
         let parts = recipe.parts.iter().map(|part| Ok((part.clone(), output(part)?)));
         let parts = parts.collect::<Result<Vec<_>>>()?;
-        let chunks = chunks::split(&source, &encoding, &recipe.parts)?;
+        let chunks = chunks::split(&source, &encoding, &recipe.parts, change.is_some())?;
         Ok(Self { source, encoding, change, parts, chunks, options })
     }
 

@@ -8,7 +8,7 @@ use super::chunks::{Chunk, Work};
 use super::encoding::{Decoder, Elements};
 use super::weight::{Piece, Weight};
 use super::{Output, Pack, Part};
-use crate::merge::{Applied, Norms, OpenChange, Values};
+use crate::merge::{Applied, Codes, Norms, OpenChange, Values};
 use crate::stream::{Run, Sink, WeightError};
 use crate::{Dtype, Float, Result};
 
@@ -30,11 +30,11 @@ impl<'p> Reader<'p> {
     }
 
     /// The elements of `chunk`, changed, as values of type `to`; of one that is no float as they are.
-    fn read<'b>(&self, chunk: &Chunk, elements: &'b Elements<'_>, to: Option<Float>) -> Cow<'b, [u8]> {
+    fn read<'b>(&self, chunk: &Chunk, elements: &'b Elements<'b>, to: Option<Float>) -> Cow<'b, [u8]> {
         match (&self.change, to) {
             (Some(change), Some(to)) => {
                 let mut out = vec![0; chunk.len as usize * to.size()];
-                change.apply(&values(chunk, elements), to, &mut out);
+                change.apply(&Read(chunk, elements), to, &mut out);
                 Cow::Owned(out)
             }
             _ => elements.to_bytes(to),
@@ -72,8 +72,26 @@ impl<'p> Reader<'p> {
     }
 }
 
-fn values<'e>(chunk: &Chunk, elements: &'e Elements<'_>) -> Values<impl Fn(usize, &mut [f32]) + use<'e>> {
-    Values { first: chunk.first, len: chunk.len as usize, decode: |at, out| elements.decode(at, out) }
+/// The elements of a chunk, for a change.
+struct Read<'e>(&'e Chunk, &'e Elements<'e>);
+
+impl Values for Read<'_> {
+    fn first(&self) -> u64 {
+        self.0.first
+    }
+
+    fn len(&self) -> usize {
+        self.0.len as usize
+    }
+
+    #[inline(always)]
+    fn decode(&self, at: usize, out: &mut [f32]) {
+        self.1.decode(at, out);
+    }
+
+    fn codes(&self) -> Option<Codes<'_>> {
+        self.1.codes()
+    }
 }
 
 pub(super) struct PackRun<'p> {
@@ -143,7 +161,7 @@ impl Run for PackRun<'_> {
     fn chunk(&self, index: usize, bytes: &[u8], sink: &Sink<'_>) -> Result<Vec<usize>> {
         let chunk = &self.pack.chunks[index];
         if let Some(change) = self.reader.change.as_ref().filter(|change| change.to_measure()) {
-            change.measure(&values(chunk, &self.reader.elements(chunk, bytes)));
+            change.measure(&Read(chunk, &self.reader.elements(chunk, bytes)));
             if self.to_measure.fetch_sub(1, Ordering::AcqRel) > 1 {
                 return Ok(Vec::new());
             }
@@ -172,8 +190,8 @@ impl Run for PackRun<'_> {
         errors.collect()
     }
 
-    fn change(&self) -> Option<Norms> {
-        self.reader.change.as_ref().map(Applied::norms)
+    fn change(&self) -> Option<(String, Norms)> {
+        self.reader.change.as_ref().map(|change| (change.name().to_owned(), change.norms()))
     }
 }
 

@@ -33,7 +33,7 @@ pub(super) struct Entry {
     /// Digests of the outputs.
     pub(super) outputs: Vec<String>,
     pub(super) errors: BTreeMap<String, WeightError>,
-    pub(super) change: Option<Norms>,
+    pub(super) change: Option<(String, Norms)>,
 }
 
 pub(super) struct Journal {

@@ -91,8 +91,9 @@ pub trait Run: Send + Sync {
         BTreeMap::new()
     }
 
-    /// How much the source was changed on its way, if it was. Asked for after the last chunk.
-    fn change(&self) -> Option<Norms> {
+    /// How much the source was changed on its way, if it was, and the name of what it became. Asked for after the last
+    /// chunk.
+    fn change(&self) -> Option<(String, Norms)> {
         None
     }
 
@@ -179,7 +180,7 @@ pub struct Written {
     pub source_fingerprint: String,
     /// How far the packed weights are from their sources.
     pub errors: BTreeMap<String, WeightError>,
-    /// How much the weights were changed that were, by the name of the source.
+    /// How much the weights were changed that were, by name.
     pub changes: BTreeMap<String, Norms>,
     /// Source bytes whose outputs an earlier run had written.
     pub resumed_bytes: u64,
@@ -337,12 +338,16 @@ impl<'a> Plan<'a> {
             changes: BTreeMap::new(),
             resumed_bytes,
         };
+        let mut seen = HashSet::new(); // two recipes may have one source
         let (mut stored, mut sources) = (digest::Fingerprint::default(), digest::Fingerprint::default());
         for planned in &self.recipes {
             let source = planned.recipe.source();
             let entry = &entries[&planned.name];
             let beside = planned.recipe.beside();
             for (tensor, digest) in std::iter::once(source).chain(beside).zip(&entry.sources) {
+                if !seen.insert((tensor.file.path(), &tensor.info.name)) {
+                    continue;
+                }
                 sources.add(&tensor.info.name, tensor.info.dtype, &tensor.info.shape, digest);
             }
             for (spec, digest) in planned.outputs.iter().zip(&entry.outputs) {
@@ -350,7 +355,7 @@ impl<'a> Plan<'a> {
                 written.digests.insert(spec.name.clone(), digest::line(spec.dtype, &spec.shape, digest));
             }
             written.errors.extend(entry.errors.clone());
-            written.changes.extend(entry.change.map(|change| (source.info.name.clone(), change)));
+            written.changes.extend(entry.change.clone());
         }
         written.fingerprint = stored.finish();
         written.source_fingerprint = sources.finish();
