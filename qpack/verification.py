@@ -17,7 +17,7 @@ from typing import Any
 
 from qpack import _core
 from qpack._core import SUFFIXES, TensorInfo
-from qpack.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_json_object
+from qpack.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_index, read_json_object
 from qpack.errors import CheckpointError
 from qpack.manifest import MANIFEST_NAME, Manifest, WeightError, describe
 from qpack.policy import families, modules
@@ -314,14 +314,10 @@ class _Stored:
         if self.root != INDEX_NAME:
             return None
         try:
-            placed = read_json_object(self.directory / INDEX_NAME).get("weight_map")
+            return read_index(self.directory / INDEX_NAME)
         except CheckpointError as error:
             self._report_error(INDEX_NAME, error)
             return None
-        if isinstance(placed, dict) and all(map(_is_file_name, placed.values())):
-            return placed
-        self._report(INDEX_NAME, "weight_map is not an object of names of files beside it")
-        return None
 
     def _read_file(self, file: str, expected: Sequence[str]) -> None:
         path = self.directory / file
@@ -400,10 +396,6 @@ class _Stored:
 def _weight_of(tensor: str) -> str:
     """The weight of the model that ``tensor`` is, or stands beside."""
     return next((tensor.removesuffix(suffix) for suffix in SUFFIXES if tensor.endswith(suffix)), tensor)
-
-
-def _is_file_name(file: object) -> bool:
-    return isinstance(file, str) and file == Path(file).name and file not in ("", "..")
 
 
 def _split(line: str) -> tuple[str, str]:

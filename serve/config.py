@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 from qpack.adapters.adapter import CONFIG_NAME, Adapter
 from qpack.adapters.record import check_base
-from qpack.checkpoint import Checkpoint
-from qpack.errors import CheckpointError, ServeError
+from qpack.errors import ServeError
+from qpack.loading.base import require_packed
 
 # The ranks that vLLM can allocate slots for: MaxLoRARanks in vllm/config/lora.py.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -56,8 +56,7 @@ class ServeConfig:
         adapters = {name: path.resolve() for name, path in self.adapters.items()}
         _check_names(base, adapters)
         _check_numbers(self)
-        checkpoint = Checkpoint.open(base)
-        _check_packed(checkpoint)
+        checkpoint = require_packed(base)
         opened = [Adapter.open(path) for path in adapters.values()]
         for adapter in opened:
             adapter.check_base(checkpoint)
@@ -126,13 +125,6 @@ def _check_numbers(config: ServeConfig) -> None:
         raise ServeError(f"max_lora_rank {config.max_lora_rank}: expected one of {', '.join(map(str, LORA_RANKS))}")
     if not config.adapters and (config.max_loras or config.max_lora_rank):
         raise ServeError("max_loras and max_lora_rank need at least one adapter")
-
-
-def _check_packed(checkpoint: Checkpoint) -> None:
-    match checkpoint.config.get("quantization_config"):
-        case {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if checkpoint.packed:
-            return
-    raise CheckpointError(f"{checkpoint.directory}: not packed as bitsandbytes nf4 (pack it with ``qpack convert``)")
 
 
 def _slot_rank(adapters: Iterable[Adapter], asked: int | None) -> int:

@@ -26,7 +26,7 @@ def test_a_base_needs_no_adapters(packed: Path) -> None:
 
 
 def test_an_unpacked_base_is_refused(llama: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"not packed as bitsandbytes nf4"):
+    with pytest.raises(CheckpointError, match=r"expected quant_method .bitsandbytes. .* found None"):
         ServeConfig(llama)
 
 
