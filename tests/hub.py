@@ -1,9 +1,9 @@
 """A small Hugging Face hub on this machine, for tests of what talks to one.
 
 It stands in for huggingface.co where no test may depend on it, and answers what huggingface_hub 2.4 asks for when it
-downloads: ``/api/models/ID[/revision/REV]``, ``/api/models/ID/tree/REV`` and ``/ID/resolve/REV/FILE``, with ranges,
-ETag, X-Repo-Commit and the X-Error-Code of each refusal. Not imitated: redirects to a content network, Xet, pages of
-long listings. Weights are listed as git LFS files, with their SHA-256.
+downloads: ``/api/models/ID[/revision/REV]``, ``/api/models/ID/tree/REV`` and ``/ID/resolve/REV/FILE``, and the same of
+data sets, with ranges, ETag, X-Repo-Commit and the X-Error-Code of each refusal. Not imitated: redirects to a content
+network, Xet, pages of long listings. Weights are listed as git LFS files, with their SHA-256.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Hub:
     """What is served, and what was asked for."""
 
     models: dict[str, Path]
-    """The directory of each model's commit on main."""
+    """The directory of each repository's commit on main, a data set's as a model's."""
     url: str = ""
     token: str | None = None
     """If set, nothing is there without it."""
@@ -82,8 +82,10 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
         if self.hub.on_request:
             self.hub.on_request(path.rpartition("/")[2])
-        api = re.fullmatch(r"/api/models/(?P<name>org/\w+)(/(?P<kind>revision|tree)/(?P<revision>[^/]+))?", path)
-        found = api or re.fullmatch(r"/(?P<name>org/\w+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path)
+        api = re.fullmatch(
+            r"/api/(models|datasets)/(?P<name>org/\w+)(/(?P<kind>revision|tree)/(?P<revision>[^/]+))?", path
+        )
+        found = api or re.fullmatch(r"/(datasets/)?(?P<name>org/\w+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path)
         directory = self.hub.models.get(found["name"]) if found else None
         if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             self.refuse(401, "GatedRepo" if self.hub.gated else "RepoNotFound")

@@ -22,7 +22,7 @@ def _setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
 
 @click.command()
 @click.argument("base", type=DIRECTORY)
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", nargs=-1, required=True)
 @click.option("-o", "--output", type=DIRECTORY, required=True, help="Adapter directory to write.")
 @_setting("--r", int, "Rank of the LoRA factors.")
 @_setting("--lora-alpha", int, "The adapter's output is scaled by lora-alpha / r.")
@@ -33,13 +33,23 @@ def _setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
 @_setting("--batch-size", int, "Sequences in a forward pass.")
 @_setting("--grad-accum", int, "Forward passes in an optimizer step.")
 @_setting("--max-length", int, "Longest sequence, in tokens.")
+@_setting("--format", str, "Format of every row, if its fields do not tell.")
+@_setting("--loss", str, "Tokens of a conversation to learn: assistant or all.")
+@_setting("--chat-template", str, "Jinja file to use instead of the model's chat template.")
+@_setting("--on-bad-row", str, "fail or skip.")
 @_setting("--optim", str, "Optimizer, by transformers' name.")
 @_setting("--seed", int, "Seed of initial adapter, data order and dropout.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings; flags take precedence.")
 @force
 @verbosity
-def train(base: Path, data: Path, output: Path, config: Path | None, force: bool, quiet: bool, **flags: Any) -> None:
-    """Train a LoRA adapter for the packed model BASE on the conversations in the JSONL file DATA."""
+def train(
+    base: Path, data: tuple[str, ...], output: Path, config: Path | None, force: bool, quiet: bool, **flags: Any
+) -> None:
+    """Train a LoRA adapter for the packed model BASE on DATA.
+
+    DATA is a file (JSONL, JSON, CSV, Parquet, text), a directory or a data set of the Hugging Face hub; behind a colon
+    may stand how often its rows are used in an epoch. `qpack data` shows what the model would see.
+    """
     from qpack.training import TrainSettings, load_settings
 
     given = {name: value for name, value in flags.items() if value is not None}

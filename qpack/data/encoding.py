@@ -1,146 +1,292 @@
-"""From conversations to token ids and labels: the loss falls on what the assistant says, its end token included.
+"""From rows to token ids and labels.
 
-Most chat templates do not mark the assistant's part (``{% generation %}``), so it is found from outside, the same way
-for every template. For each assistant turn the template is rendered twice::
+The loss falls on what the assistant says, its end token included; with ``loss="all"`` on everything, and on the whole
+of a plain text.
 
-    prompt   the messages before the turn, with the generation prompt: what a server feeds the model
-    turn     the messages through the turn                             what the model should have made of it
+No special tokens are added to a rendered template: it holds its own, and a server adds none either. A plain text gets
+the BOS that its tokenizer puts before a text, one, and always an EOS behind it. So there is never a second BOS, and an
+EOS is learned wherever something ends. Whether a token is learned or is padding is told by its place, never by its id:
+a tokenizer whose pad token is its EOS teaches the model to stop like any other.
 
-``prompt`` must be a prefix of ``turn``, else the model would learn to continue a text it never meets; the rest is what
-is learned. A turn ends with the first token that stops generation; where the template writes none, the tokenizer's EOS
-is appended. As long as the next prompt continues the text so far, the turns share one sequence. Where it doesn't (Qwen3
-drops the reasoning of earlier turns, or an EOS had to be appended), the turn becomes a sequence of its own, and so
-every turn is still learned in exactly the context it has when served.
+A conversation longer than ``max_length`` loses its end, and is counted; what was cut off got no EOS. A longer text is
+cut into windows, each beginning with the last token of the one before, so that every token is predicted once.
 
-No special tokens are added to a rendered template: it holds its own, and a server adds none either. So there is no
-second BOS. Refused: a tokenizer without chat template, EOS or offsets, a template that rejects a conversation, an
-answer that holds an end token itself, and a conversation of which ``max_length`` would leave nothing to learn.
+Refused: a tokenizer without chat template, EOS or offsets, and the row of which ``max_length`` would leave nothing to
+learn or that the template cannot say (see :mod:`qpack.data.template`).
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-
-from qpack.data.conversations import Conversation, Message
+from qpack.data.examples import Example, Examples, Preference, Preferences
+from qpack.data.options import DataOptions
+from qpack.data.rows import BadRow, Comparison, Conversation, Document, Message, Row, Rows
+from qpack.data.template import Rendered, Span, Template
 from qpack.errors import DataError
 
-IGNORED = -100
-"""The label that the loss of transformers and torch skips."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-Render = Callable[[Sequence[Message], bool], str]
-"""Messages and whether to add the generation prompt, to text."""
+_BATCH = 512
+"""Rows that are tokenized together, on all cores; few enough that progress is seen."""
 
-
-class Example(TypedDict):
-    """One sequence: its tokens, and for each token itself if it is learned, else :data:`IGNORED`."""
-
-    input_ids: list[int]
-    labels: list[int]
+Item = TypeVar("Item", Example, Preference)
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """All sequences of a file, and how many of them were cut at ``max_length``."""
+class Dataset(Generic[Item]):
+    """What the model will see.
 
-    examples: list[Example]
+    Attributes:
+        examples: sequences in the order of the rows, or pairs of them; as often as their weight says.
+        truncated: sequences that were cut at ``max_length``.
+        windows: sequences that are a window of a longer text.
+        skipped: rows left out with ``on_bad_row="skip"``, by reading or by encoding.
+        template: the chat template, if a conversation was rendered.
+        openings: what the generation prompt holds and the answers learned do not, and how many sequences it concerns.
+        digest: SHA-256 of all tokens and labels: two runs with the same digest see the same data.
+    """
+
+    examples: Sequence[Item]
     truncated: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """A rendered sequence and the ranges of its characters that are learned."""
-
-    text: str
-    learned: list[tuple[int, int]]
+    windows: int
+    skipped: Sequence[BadRow]
+    template: str | None
+    openings: Mapping[str, int]
+    digest: str
 
 
 def encode(
-    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, base: Path, *, max_length: int
-) -> Encoded:
-    """Render, tokenize and label every conversation with the template of the tokenizer in ``base``.
+    rows: Rows[Conversation | Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    base: Path,
+    options: DataOptions,
+    max_length: int,
+    *,
+    on_progress: Progress | None = None,
+) -> Dataset[Example]:
+    """Render, tokenize and label every row.
+
+    Args:
+        rows: as :func:`~qpack.data.read` gives them.
+        tokenizer: of the base; it is not changed.
+        base: the directory of the base, for messages, and for the stop tokens of its generation_config.json.
+        options: how; the same that the rows were read with.
+        max_length: the longest sequence, in tokens.
+        on_progress: called with the rows done and their number.
 
     Raises:
-        DataError: the tokenizer cannot be used, or a conversation cannot; the message names its ``FILE:LINE``.
+        DataError: the tokenizer cannot be used, or a row cannot; the message names its ``FILE:LINE``.
     """
-    if not tokenizer.chat_template:
-        raise DataError(f"{base}: the tokenizer has no chat template; put the model's own chat_template.jinja there")
-    if not tokenizer.is_fast:
-        raise DataError(f"{base}: the tokenizer gives no character offsets; add its tokenizer.json")
-    if tokenizer.eos_token is None:
-        raise DataError(f"{base}: the tokenizer has no eos_token, so the model could not learn to stop")
-    stops = _stop_tokens(tokenizer, base)
+    encoder = _Encoder(tokenizer, base, options, max_length)
+    for batch in _batches(rows, on_progress):
+        found = encoder.sequences([row for row, _ in batch])
+        for (row, times), sequences in zip(batch, found, strict=True):
+            if isinstance(sequences, BadRow):
+                encoder.refuse(sequences)
+            else:
+                encoder.add(sequences, row.origin, times)
+    return encoder.dataset(rows, encoder.examples)
 
-    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+
+def encode_preferences(
+    rows: Rows[Comparison],
+    tokenizer: "PreTrainedTokenizerBase",
+    base: Path,
+    options: DataOptions,
+    max_length: int,
+    *,
+    on_progress: Progress | None = None,
+) -> Dataset[Preference]:
+    """Render, tokenize and label both sides of every comparison, as :func:`encode` does conversations.
+
+    Raises:
+        DataError: as :func:`encode`; ``loss="all"``, since only answers are compared; two sides that are the same as
+            far as ``max_length`` lets them be seen.
+    """
+    if options.loss == "all":
+        raise DataError("loss: expected 'assistant' for preferences, which compare answers alone, found 'all'")
+    encoder = _Encoder(tokenizer, base, options, max_length)
+    for batch in _batches(rows, on_progress):
+        found = iter(encoder.sequences([side for row, _ in batch for side in _sides(row)]))
+        for (row, times), chosen, rejected in zip(batch, found, found, strict=True):
+            try:
+                encoder.add(
+                    [_one(chosen, row.origin, "chosen"), _one(rejected, row.origin, "rejected")], row.origin, times
+                )
+            except BadRow as error:
+                encoder.refuse(error)
+    return encoder.dataset(rows, Preferences(encoder.examples))
+
+
+def _sides(row: Comparison) -> list[Conversation]:
+    """Both sides as conversations of which the answer is learned."""
+    before = len(row.prompt)
+
+    def side(answer: Sequence[Message]) -> Conversation:
+        said = [before + index for index, message in enumerate(answer) if message["role"] == "assistant"]
+        return Conversation(row.origin, [*row.prompt, *answer], said, row.tools)
+
+    return [side(row.chosen), side(row.rejected)]
+
+
+def _one(sequences: "list[_Tokens] | BadRow", origin: str, name: str) -> "_Tokens":
+    if isinstance(sequences, BadRow):
+        raise BadRow(origin, f"{name}: {sequences.reason}")
+    if len(sequences) > 1:
+        raise BadRow(
+            origin, f"{name}: its turns do not make one sequence, since the chat template rewrites earlier ones"
+        )
+    return sequences[0]
+
+
+def _batches(rows: Rows[Row], on_progress: Progress | None) -> Iterator[list[tuple[Row, int]]]:
+    """Yield the rows with how often each is used, so many at once as are tokenized together."""
+    total = len(rows.rows)
+    for begin in range(0, total, _BATCH):
+        if on_progress:
+            on_progress(begin, total)
+        end = begin + _BATCH
+        yield list(zip(rows.rows[begin:end], rows.times[begin:end], strict=True))
+    if on_progress:
+        on_progress(total, total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A sequence, and which of its tokens are learned."""
+
+    ids: list[int]
+    learned: list[Span]
+    opening: str = ""
+    truncated: bool = False
+    window: bool = False
+
+
+class _Encoder:
+    """Turns rows into tokens, a batch at a time, and keeps count of what befell them."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", base: Path, options: DataOptions, max_length: int) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(f"{base}: the tokenizer gives no character offsets; add its tokenizer.json")
+        if tokenizer.eos_token is None:
+            raise DataError(f"{base}: the tokenizer has no eos_token, so the model could not learn to stop")
+        self._tokenizer, self._base, self._options, self._max_length = tokenizer, base, options, max_length
+        self.examples = Examples()
+        self._template: Template | None = None
+        self._skipped: list[BadRow] = []
+        self._openings = Counter[str]()
+        self._truncated = self._windows = 0
+
+    def sequences(self, rows: Sequence[Conversation | Document]) -> list[list[_Tokens] | BadRow]:
+        """The sequences of each row, or why it cannot be used."""
+        rendered = [self._render(row) for row in rows]
+        texts = self._tokenize([part for parts in rendered if not isinstance(parts, BadRow) for part in parts])
+        documents = self._frame([row.text for row in rows if isinstance(row, Document)])
+        found: list[list[_Tokens] | BadRow] = []
+        for row, parts in zip(rows, rendered, strict=True):
+            if isinstance(parts, BadRow):
+                found.append(parts)
+            elif isinstance(row, Document):
+                found.append(self._windowed(next(documents)))
+            else:
+                found.append(self._cut(list(islice(texts, len(parts))), row.origin))
+        return found
+
+    def add(self, sequences: Sequence[_Tokens], origin: str, times: int) -> None:
+        """Take what was made of one row."""
+        begin = len(self.examples)
+        for sequence in sequences:
+            self.examples.append(sequence.ids, sequence.learned, origin)
+            self._truncated += sequence.truncated
+            self._windows += sequence.window
+            if sequence.opening:
+                self._openings[sequence.opening] += 1
+        self.examples.repeat(begin, times)
+
+    def refuse(self, row: BadRow) -> None:
+        """Take note of a row that cannot be used, or stop at it."""
+        if self._options.on_bad_row == "fail":
+            raise row
+        self._skipped.append(row)
+
+    def dataset(self, rows: Rows[Row], examples: Sequence[Item]) -> Dataset[Item]:
+        """Close the books.
+
+        Raises:
+            DataError: no row is left.
+        """
+        if not examples:
+            raise DataError(f"no row to train on: {len(self._skipped)} were skipped, the first: {self._skipped[0]}")
+        return Dataset(
+            examples=examples,
+            truncated=self._truncated,
+            windows=self._windows,
+            skipped=[*rows.skipped, *self._skipped],
+            template=self._template.text if self._template else None,
+            openings=dict(self._openings),
+            digest=self.examples.digest(),
         )
 
-    examples: list[Example] = []
-    truncated = 0
-    for conversation in conversations:
-        for rendered in _render(conversation, render, stops, str(tokenizer.eos_token)):
-            example = _label(rendered, tokenizer)
-            length = len(example["input_ids"])
-            if length > max_length:
-                truncated += 1
-                example = Example(input_ids=example["input_ids"][:max_length], labels=example["labels"][:max_length])
-            if all(label == IGNORED for label in example["labels"]):
-                raise DataError(
-                    f"{conversation.origin}: nothing left to learn: max_length {max_length} cuts the {length} tokens "
-                    "before the assistant speaks"
-                )
-            examples.append(example)
-    return Encoded(examples, truncated)
-
-
-def _stop_tokens(tokenizer: PreTrainedTokenizerBase, base: Path) -> re.Pattern[str]:
-    """Match any token at which a server stops: the EOS and those of generation_config.json."""
-    ids = {tokenizer.eos_token_id}
-    if (base / "generation_config.json").is_file():
-        declared = GenerationConfig.from_pretrained(base).eos_token_id
-        ids.update(declared if isinstance(declared, list) else [declared] if declared is not None else [])
-    return re.compile("|".join(re.escape(str(tokenizer.convert_ids_to_tokens(index))) for index in sorted(ids)))
-
-
-def _render(conversation: Conversation, render: Render, stops: re.Pattern[str], eos: str) -> list[_Rendered]:
-    """Render every assistant turn, joining turns into one sequence as long as each continues the last."""
-    sequences: list[_Rendered] = []
-    for index, message in enumerate(conversation.messages):
-        if message["role"] != "assistant":
-            continue
-        if inner := stops.search(message["content"]):
-            raise DataError(f"{conversation.origin}: messages[{index}]: holds the end token {inner.group()!r} itself")
+    def _render(self, row: Conversation | Document) -> list[Rendered] | BadRow:
+        if isinstance(row, Document):
+            return []
+        if self._template is None:
+            self._template = Template(self._tokenizer, self._base, self._options.chat_template)
         try:
-            prompt = render(conversation.messages[:index], True)
-            turn = render(conversation.messages[: index + 1], False)
-        except TemplateError as error:
-            raise DataError(f"{conversation.origin}: the chat template refuses the conversation: {error}") from None
-        if not turn.startswith(prompt):
-            raise DataError(
-                f"{conversation.origin}: messages[{index}]: the chat template does not render the assistant's turn "
-                "as a continuation of its generation prompt"
-            )
-        end = stops.search(turn, len(prompt))
-        text = turn[: end.end()] if end else turn + eos
-        span = (len(prompt), len(text))
-        if sequences and prompt.startswith(sequences[-1].text):
-            sequences[-1] = _Rendered(text, [*sequences[-1].learned, span])
-        else:
-            sequences.append(_Rendered(text, [span]))
-    return sequences
+            return self._template.render(row)
+        except DataError as error:
+            return BadRow(row.origin, str(error))
 
+    def _tokenize(self, texts: Sequence[Rendered]) -> Iterator[_Tokens]:
+        """Tokenize what the template rendered; a token is learned if it begins inside a learned range."""
+        if not texts:
+            return
+        encoding = self._tokenizer(
+            [rendered.text for rendered in texts],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for rendered, ids, offsets in zip(texts, encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            begins = [begin for begin, _ in offsets]
+            spans = [(0, len(rendered.text))] if self._options.loss == "all" else rendered.learned
+            learned = [(bisect_left(begins, start), bisect_left(begins, end)) for start, end in spans]
+            yield _Tokens(ids, learned, rendered.opening)
 
-def _label(rendered: _Rendered, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenize a sequence; a token is learned if it begins inside a learned range."""
-    encoding = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids: list[int] = encoding["input_ids"]
-    labels = [
-        token if any(start <= begin < end for start, end in rendered.learned) else IGNORED
-        for token, (begin, _) in zip(input_ids, encoding["offset_mapping"], strict=True)
-    ]
-    return Example(input_ids=input_ids, labels=labels)
+    def _cut(self, sequences: list[_Tokens], origin: str) -> list[_Tokens] | BadRow:
+        """Cut a conversation's sequences at ``max_length``; one of which nothing learned remains is left out."""
+        limit = self._max_length
+        kept = []
+        for sequence in sequences:
+            # The first token is never learned: see Example.
+            if any(max(start, 1) < min(end, limit) for start, end in sequence.learned):
+                cut = len(sequence.ids) > limit
+                kept.append(replace(sequence, ids=sequence.ids[:limit], truncated=True) if cut else sequence)
+        if kept:
+            return kept
+        length = len(sequences[0].ids)
+        reason = f"max_length {limit} cuts the {length} tokens before the assistant speaks"
+        return BadRow(origin, f"nothing left to learn: {reason}")
+
+    def _frame(self, texts: list[str]) -> Iterator[list[int]]:
+        """Tokenize plain texts, with one BOS where the tokenizer wants it, and an EOS."""
+        if not texts:
+            return
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        for ids in self._tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+            doubled = ids[:2] == [bos, bos]  # the text brought its own
+            yield ids[doubled:] + ([] if ids[-1] == eos else [eos])
+
+    def _windowed(self, ids: list[int]) -> list[_Tokens]:
+        """Cut a text into windows that overlap by one token, which the first of them predicts."""
+        limit = self._max_length
+        windows = [ids[start : start + limit] for start in range(0, max(len(ids) - 1, 1), limit - 1)]
+        return [_Tokens(window, [(0, len(window))], window=len(windows) > 1) for window in windows]

@@ -186,7 +186,7 @@ def find(name: str, revision: str | None) -> Model:
 
 
 @contextmanager
-def one_line(name: str, revision: str | None) -> Iterator[None]:
+def one_line(name: str, revision: str | None, *, kind: str = "model") -> Iterator[None]:
     """Turn the client's errors, which are paragraphs, into one line."""
     try:
         yield
@@ -195,7 +195,7 @@ def one_line(name: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         reason = f"no revision {revision} on {constants.ENDPOINT}"
     except errors.RepositoryNotFoundError:
-        reason = f"no such path, and no such model on {constants.ENDPOINT}, or a private one (set HF_TOKEN)"
+        reason = f"no such path, and no such {kind} on {constants.ENDPOINT}, or a private one (set HF_TOKEN)"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
         reason = f"no such path, not in the cache of the hub, and {why}"

@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qpack.data.encoding import IGNORED, Example
+from qpack.data import IGNORED, Example
 from qpack.errors import TrainingError
 from qpack.training.compute import Compute
 from qpack.training.model import require_float32_adapter

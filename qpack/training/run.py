@@ -4,7 +4,6 @@ What can be refused without torch (the data, the base's config, the output) is r
 what can be refused without the weights before they are loaded.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,7 +12,8 @@ from statistics import fmean
 
 from qpack.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from qpack.adapters.record import Base, Record
-from qpack.data.conversations import read_conversations
+from qpack.data import DataOptions, encode, read
+from qpack.data.reading import Arguments
 from qpack.loading.base import require_packed
 from qpack.output import new_directory
 from qpack.training.report import StepLog, TrainReport
@@ -28,7 +28,7 @@ FINAL_STEPS = 10
 
 def train(
     base: Path | str,
-    data: Path | str,
+    data: Arguments,
     output: Path | str,
     settings: TrainSettings = TrainSettings(),  # noqa: B008  # frozen
     *,
@@ -36,7 +36,7 @@ def train(
     on_progress: Callable[[int, int], None] | None = None,
     on_log: Callable[[StepLog], None] | None = None,
 ) -> TrainReport:
-    """Train a LoRA adapter for a packed base on a JSONL file of conversations.
+    """Train a LoRA adapter for a packed base on conversations and texts.
 
     The output directory holds what PEFT and vLLM load: adapter_config.json, adapter_model.safetensors (float32), the
     tokenizer with its chat template, and qpack_adapter.json, which says what it was trained on. It appears when
@@ -44,7 +44,8 @@ def train(
 
     Args:
         base: directory of a bitsandbytes NF4 checkpoint; the adapter names it as it is given here.
-        data: the file, in the form that :mod:`qpack.data.conversations` describes.
+        data: a file, directory or data set of the hub, or several with weights: see :mod:`qpack.data.sources`; what a
+            row may be, :mod:`qpack.data.formats` says.
         output: the directory to make.
         settings: the hyper-parameters.
         force: replace an adapter that is already at ``output``.
@@ -58,37 +59,38 @@ def train(
         TrainingError: the loss or a gradient is no longer finite, or the run is shorter than its warm-up.
     """
     identity = Base.of(require_packed(Path(base)))
-    conversations = read_conversations(Path(data))
+    options = DataOptions(settings.format, settings.loss, settings.chat_template, settings.on_bad_row)
+    rows = read(data, options, seed=settings.seed)
     with new_directory(
-        Path(output), force=force, marker=ADAPTER_CONFIG_NAME, inputs=[Path(base), Path(data)]
+        Path(output), force=force, marker=ADAPTER_CONFIG_NAME, inputs=[Path(base), *rows.paths]
     ) as partial:
         from qpack.quiet import quiet_libraries
 
         with quiet_libraries():
             from transformers import set_seed
 
-            from qpack.data.encoding import encode
             from qpack.loading.adapters import save_adapter
             from qpack.training.compute import choose_compute
             from qpack.training.loop import fit, optimizer_for
             from qpack.training.model import add_lora, load_base, load_tokenizer
 
             tokenizer = load_tokenizer(Path(base))
-            encoded = encode(conversations, tokenizer, Path(base), max_length=settings.max_length)
+            dataset = encode(rows, tokenizer, Path(base), options, settings.max_length)
             compute = choose_compute()
             set_seed(settings.seed)
             model = add_lora(load_base(Path(base), compute), settings)
             steps = fit(
-                model, encoded.examples, settings, compute, scratch=partial, on_progress=on_progress, on_log=on_log
+                model, dataset.examples, settings, compute, scratch=partial, on_progress=on_progress, on_log=on_log
             )
             save_adapter(model, partial)
             (partial / "README.md").unlink()  # PEFT's model card, a form with nothing filled in
+            tokenizer.chat_template = dataset.template or tokenizer.chat_template
             tokenizer.save_pretrained(partial)
         report = TrainReport(
             output=Path(output),
             steps=len(steps.losses),
-            examples=len(encoded.examples),
-            truncated=encoded.truncated,
+            examples=len(dataset.examples),
+            truncated=dataset.truncated,
             tokens=steps.tokens,
             trainable_parameters=model.num_parameters(only_trainable=True),
             first_loss=steps.losses[0],
@@ -103,8 +105,8 @@ def train(
             versions={library: version(library) for library in LIBRARIES},
             base=identity,
             settings=asdict(settings),
-            data={"digest": hashlib.sha256(Path(data).read_bytes()).hexdigest(), "examples": len(encoded.examples)},
-            template=tokenizer.chat_template,
+            data={"digest": dataset.digest, "examples": len(dataset.examples)},
+            template=dataset.template,
             metrics={name: getattr(report, name) for name in metrics},
         ).write(partial)
     return report

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from qpack.data.options import FORMATS, LOSSES, ON_BAD_ROW
 from qpack.errors import DataError
 
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch")
@@ -34,6 +35,10 @@ class TrainSettings:
         max_steps: optimizer steps, whatever the size of the data.
         batch_size: sequences in one forward pass.
         grad_accum: forward passes in one optimizer step.
+        format: what every row of the data is, one of :data:`~qpack.data.FORMATS`; None: told by its fields.
+        loss: which tokens of a conversation are learned, one of :data:`~qpack.data.LOSSES`.
+        chat_template: a Jinja file that takes the place of the tokenizer's own template.
+        on_bad_row: what a row that cannot be used does, one of :data:`~qpack.data.ON_BAD_ROW`.
         max_length: longest sequence in tokens; longer ones are cut at their end, and the report counts them.
         max_grad_norm: gradients are scaled down to this norm.
         optim: one of :data:`OPTIMIZERS`. Paging needs a GPU; on a CPU the unpaged twin is used and reported.
@@ -50,6 +55,10 @@ class TrainSettings:
     max_steps: int | None = None
     batch_size: int = 8
     grad_accum: int = 1
+    format: str | None = None
+    loss: str = "assistant"
+    chat_template: str | None = None
+    on_bad_row: str = "fail"
     max_length: int = 1024
     max_grad_norm: float = 0.3
     optim: str = "paged_adamw_8bit"
@@ -71,6 +80,12 @@ class TrainSettings:
         _require_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise DataError(f"lora_dropout: expected at least 0 and less than 1, found {self.lora_dropout}")
+        if self.format is not None:
+            _require_choice("format", self.format, FORMATS)
+        _require_choice("loss", self.loss, LOSSES)
+        _require_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
+        if self.chat_template is not None and not isinstance(self.chat_template, str):
+            raise DataError(f"chat_template: expected the path of a file, found {self.chat_template!r}")
         _require_choice("optim", self.optim, OPTIMIZERS)
         _require_choice("lr_scheduler", self.lr_scheduler, SCHEDULERS)
 

@@ -11,8 +11,8 @@ import torch
 from tiny import write_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qpack.data.conversations import Conversation, Message
-from qpack.data.encoding import IGNORED, Encoded, Example, encode
+from qpack.data import IGNORED, Conversation, DataOptions, Dataset, Document, Example, Rows, encode
+from qpack.data.rows import Message
 from qpack.errors import DataError
 from qpack.training.loop import collate
 
@@ -33,9 +33,15 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 
 def encode_one(
-    tokenizer: PreTrainedTokenizerBase, base: Path, messages: list[Message], max_length: int = 4096
-) -> Encoded:
-    return encode([Conversation("data.jsonl:1", messages)], tokenizer, base, max_length=max_length)
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
+    messages: list[Message],
+    max_length: int = 4096,
+    options: DataOptions = DataOptions(),  # noqa: B008  # frozen
+) -> Dataset[Example]:
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    rows: Rows[Conversation | Document] = Rows([Conversation("data.jsonl:1", messages, said)], [1])
+    return encode(rows, tokenizer, base, options, max_length)
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -131,9 +137,20 @@ def test_templates_in_use(
     ]
 
 
-def test_prompt_that_the_turn_does_not_continue_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_thought_that_the_prompt_opens_and_the_data_lacks_is_told(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     tokenizer.chat_template = str(tokenizer.chat_template).replace(
         "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    encoded = encode_one(tokenizer, tmp_path, TURNS[:2])
+    assert learned(tokenizer, encoded.examples[0]) == ["ein\n<|im_end|>"]
+    assert encoded.openings == {"<think>\n": 1}
+
+
+def test_prompt_that_the_turn_does_not_continue_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "{% for message", "{{ messages | length }}{% for message", 1
     )
     with pytest.raises(DataError, match=r"^data\.jsonl:1: messages\[1\]: the chat template does not render the"):
         encode_one(tokenizer, tmp_path, TURNS)
@@ -178,7 +195,12 @@ def test_tokenizer_that_lacks_something_is_refused(
 
 
 def test_padding_is_masked_and_eos_is_not() -> None:
-    batch = collate([Example(input_ids=[5, 0], labels=[IGNORED, 0]), Example(input_ids=[6, 7, 0], labels=[6, 7, 0])])
+    batch = collate(
+        [
+            Example(input_ids=[5, 0], labels=[IGNORED, 0], origin="a:1"),
+            Example(input_ids=[6, 7, 0], labels=[6, 7, 0], origin="a:2"),
+        ]
+    )
     assert torch.equal(batch["input_ids"], torch.tensor([[5, 0, 0], [6, 7, 0]]))
     assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 0], [1, 1, 1]]))
     assert torch.equal(batch["labels"], torch.tensor([[IGNORED, 0, IGNORED], [6, 7, 0]]))

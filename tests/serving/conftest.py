@@ -15,8 +15,7 @@ from tiny import write_llama
 from transformers import AutoModelForCausalLM
 
 import qpack
-from qpack.data.conversations import read_conversations
-from qpack.data.encoding import encode
+from qpack.data import DataOptions, encode, read
 from qpack.training import TrainSettings
 from qpack.training.loop import collate
 from qpack.training.model import load_tokenizer
@@ -39,8 +38,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("taught")
     source = write_llama(folder / "source")
     tokenizer = load_tokenizer(source)
-    chats = read_conversations(write_chats(folder / "base.jsonl", "packed"))
-    batch = collate(encode(chats, tokenizer, source, max_length=128).examples)
+    chats = read(write_chats(folder / "base.jsonl", "packed"))
+    batch = collate(encode(chats, tokenizer, source, DataOptions(), 128).examples)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(80):

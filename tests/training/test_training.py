@@ -254,7 +254,9 @@ def test_unpacked_base_is_refused(base: Path, data: Path, tmp_path: Path) -> Non
 def test_bad_data_is_refused_with_its_line(base: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": 1, "completion": "b"}\n')
-    with pytest.raises(DataError, match=r"data\.jsonl:1: prompt: expected a string, found a number"):
+    with pytest.raises(
+        DataError, match=r"data\.jsonl:1: prompt: expected a string or a list of messages, found a number"
+    ):
         train(base, data, tmp_path / "adapter", ONE_STEP)
 
 
