@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qpack import _core
-from qpack.errors import DiskFullError, HubError, OutputExistsError, QpackError
+from qpack.errors import DiskFullError, HubError, OutputExistsError, QpackError, TrainingError
 from qpack.sizes import format_size
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Work:
         """
         path = self.directory / _INPUTS_NAME
         if not path.is_file() or path.read_text(encoding="utf-8") != inputs:
+            path.unlink(missing_ok=True)  # first: nobody goes on from what is half cleared
             _clear(self.directory, keep=_SCRATCH_NAME)
             new = self.directory / f"{_INPUTS_NAME}.new"
             new.write_text(inputs, encoding="utf-8")
@@ -105,8 +106,9 @@ class Work:
     def leave(self, error: BaseException) -> None:
         """Clear up after ``error``, as far as a next run cannot go on."""
         begun = self._resumable or (self.directory / _INPUTS_NAME).exists()
-        bad_input = isinstance(error, QpackError) and not isinstance(error, DiskFullError | HubError)
-        if bad_input or not begun:
+        bad_input = isinstance(error, QpackError) and not isinstance(error, DiskFullError | HubError | TrainingError)
+        finished = any(path.is_file() and path.name != _INPUTS_NAME for path in self.directory.rglob("*"))
+        if bad_input or not begun or not finished:
             shutil.rmtree(self.directory, ignore_errors=True)
         else:
             logger.info("%s: what is finished is kept; the same command goes on from there", _final(self.directory))
@@ -133,9 +135,10 @@ def resumable_directory(path: Path, *, force: bool, marker: str, inputs: Iterabl
         work = Work(partial)
         try:
             yield work
-            _sync(partial)
-            _clear(partial, ".*")
+            sync(partial)
+            leftovers = _set_aside(partial, path)
             _publish(partial, path)
+            shutil.rmtree(leftovers, ignore_errors=True)
         except BaseException as error:
             work.leave(error)
             raise
@@ -180,11 +183,24 @@ def _clear(directory: Path, pattern: str = "*", *, keep: str = "") -> None:
             entry.unlink()
 
 
+def _set_aside(partial: Path, path: Path) -> Path:
+    """Move what is not published out of ``partial``, and return where to.
+
+    Deleting it there could take a while, in which a kill would leave a part of it for the next run to go on from.
+    """
+    leftovers = path.with_name(f".{path.name}.leftovers")
+    shutil.rmtree(leftovers, ignore_errors=True)
+    leftovers.mkdir()
+    for entry in sorted(partial.glob(".*"), key=lambda entry: entry.name != _INPUTS_NAME):  # nothing goes on without it
+        entry.rename(leftovers / entry.name)
+    return leftovers
+
+
 def _publish(partial: Path, path: Path) -> None:
     """Give ``partial`` the name ``path``. What stands there changes names with it, at once where the system can."""
     if not path.exists():
         partial.rename(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         return
     try:
         _core.exchange(partial, path)
@@ -198,19 +214,23 @@ def _publish(partial: Path, path: Path) -> None:
             replaced.rename(path)
             raise
         partial = replaced
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
+    """Bring everything in ``directory`` to disk, so that a power cut after a rename finds it whole."""
     for path in directory.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_directory(directory)
+        else:
+            sync_directory(path)
+    sync_directory(directory)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Bring the names in ``directory`` to disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

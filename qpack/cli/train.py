@@ -20,6 +20,11 @@ def _setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
     return click.option(flag, type=type, help=help + shown)
 
 
+def _switch(flag: str, help: str) -> Callable[[Command], Command]:
+    """An option for a field that is true or false."""
+    return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=help)
+
+
 @click.command()
 @click.argument("base", type=DIRECTORY)
 @click.argument("data", nargs=-1, required=True)
@@ -38,6 +43,11 @@ def _setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
 @_setting("--chat-template", str, "Jinja file to use instead of the model's chat template.")
 @_setting("--on-bad-row", str, "fail or skip.")
 @_setting("--optim", str, "Optimizer, by transformers' name.")
+@_setting("--save-steps", int, "Steps between two checkpoints; by default a twentieth of the run, at most 100.")
+@_setting("--keep", int, "Checkpoints that stay while the run lasts.")
+@_setting("--method", str, "sft: learn the answers; dpo: prefer one of two.")
+@_setting("--beta", float, "DPO: how dear it is to leave the base.")
+@_switch("--fsdp", "Of several processes each holds a part of the base.")
 @_setting("--seed", int, "Seed of initial adapter, data order and dropout.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings; flags take precedence.")
 @force
@@ -51,11 +61,15 @@ def train(
     may stand how often its rows are used in an epoch. `qpack data` shows what the model would see.
     """
     from qpack.training import TrainSettings, load_settings
+    from qpack.training.distributed import Processes
 
     given = {name: value for name, value in flags.items() if value is not None}
     settings = load_settings(config, **given) if config else TrainSettings(**given)
-    with terminal.progress("train", "steps", quiet=quiet) as on_progress:
+    first = Processes.launched().first
+    with terminal.progress("train", "steps", quiet=quiet or not first) as on_progress:
         report = qpack.train(base, data, output, settings, force=force, on_progress=on_progress)
+    if not first:
+        return
     loss = f"loss {report.first_loss:.3f} to {report.final_loss:.3f}"
     work = f"{report.steps} steps, {report.tokens} tokens at {report.tokens_per_second:.0f}/s"
     how = f"{report.optimizer}, {report.compute_dtype}"

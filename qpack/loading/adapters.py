@@ -42,6 +42,7 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     `qpack.load`.
     """
     model.save_pretrained(str(directory), save_embedding_layers=False)
+    (directory / "README.md").unlink()  # PEFT's model card, a form with nothing filled in
     if has_experts(model):
         names = Names(model.get_base_model())
         file = directory / SAFETENSORS_WEIGHTS_NAME

@@ -16,21 +16,19 @@ Refused: launchers' own FSDP and DeepSpeed, which leave packed weights whole (ac
 ``fsdp`` without a second process to share with.
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 from qpack.errors import TrainingError
-from qpack.output import Work, resumable_directory
+from qpack.training.settings import TrainSettings
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
 _LONGEST_WAIT = timedelta(hours=2)
 """Other ranks wait while rank 0 reads the data; torch gives up after ten minutes by default."""
@@ -55,7 +53,7 @@ class Processes:
 
     @classmethod
     def launched(cls, environment: Mapping[str, str] = os.environ) -> "Processes":
-        """Read what the launcher has set.
+        """Read what the launcher has set; without one there is one process.
 
         Raises:
             TrainingError: it has set a part of it only, or asks for what would not be done.
@@ -96,7 +94,8 @@ class Processes:
         joined = not distributed.is_initialized()  # a program that calls us may have done so
         if joined:
             device = torch.device("cuda", self.local_rank) if on_gpu else None
-            distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_LONGEST_WAIT, device_id=device)
+            backend = BACKENDS["cuda" if on_gpu else "cpu"]
+            distributed.init_process_group(backend, timeout=_LONGEST_WAIT, device_id=device)
         yield
         if joined:  # after an error the others may never come: the process ends without
             distributed.destroy_process_group()
@@ -124,14 +123,27 @@ class Processes:
         result: T = told[1]
         return result
 
-    @contextmanager
-    def directory(self, path: Path, **options: Any) -> Iterator[Work]:
-        """`resumable_directory`, made and published by rank 0; the others find their checkpoints in it."""
-        with ExitStack() as stack:
-            yield self.once(lambda: stack.enter_context(resumable_directory(path, **options)))
+    def gathered(self, value: T) -> list[T]:
+        """The ``value`` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        from torch.distributed import all_gather_object
 
-    def describe(self, *, backend: str, device: str, fsdp: bool, batch_size: int, grad_accum: int) -> str:
+        values: list[Any] = [None] * self.size
+        all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def shared(self, context: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+        """Enter a context in rank 0, for all: it is left when all are through with the block, before any goes on."""
+        with ExitStack() as stack:
+            yield self.once(lambda: stack.enter_context(context()))
+            self.gathered(None)
+        self.gathered(None)
+
+    def describe(self, settings: TrainSettings, device: str) -> str:
         """Say in a line what several processes will do."""
-        share = f"FSDP2, each holds 1/{self.size} of the base" if fsdp else "DDP, each holds the whole base"
-        batch = f"batch {batch_size} x {self.size} x {grad_accum} = {batch_size * self.size * grad_accum} a step"
-        return f"{self.size} processes ({backend}, {device}): {share}; {batch}"
+        share = f"FSDP2, each holds 1/{self.size} of the base" if settings.fsdp else "DDP, each holds the whole base"
+        sequences = settings.batch_size * self.size * settings.grad_accum
+        batch = f"{settings.batch_size} x {self.size} x {settings.grad_accum} = {sequences} sequences a step"
+        return f"{self.size} processes ({BACKENDS[device]}, {device}): {share}; {batch}"

@@ -2,13 +2,21 @@
 
 Why not TRL's SFTTrainer, which extends it: what it adds is tokenizing, masking and LoRA set-up, all done here before,
 and on a 4-bit base it casts LoRA to bfloat16. What the Trainer gives is used: schedules, accumulation that weighs
-tokens (not batches) equally, mixed precision, checkpointing, batches of like length, seeding.
+tokens (not batches) equally, mixed precision, the content of a checkpoint, trackers, seeding.
 
-Two things are ours. A loss or gradient norm that is not finite ends the run, naming the step; the Trainer by itself
-replaces it in its log and goes on. And nothing is printed: progress goes to the caller's functions.
+Ours are the order of the batches and their packing (`qpack.training.batches`), checkpoints that are whole or not there
+(`qpack.training.checkpoints`), and three things that the Trainer by itself does otherwise:
 
-One process trains on one device. On a CPU the same input, settings and number of threads give the same bytes; CUDA
-kernels sum in no fixed order.
+- A loss or gradient norm that is not finite ends the run, naming the step, the rate and the rows of the data. The
+  Trainer replaces it in its log and goes on.
+- A batch for which memory does not suffice is cut in two, and the step begun again. The sum over a step stays what it
+  was, and so do schedule and data. The Trainer's ``auto_find_batch_size`` begins the whole run again.
+- The loss of an evaluation is the mean over tokens. The Trainer takes the mean over batches of their means.
+
+Nothing is printed: what happens goes to the caller's listeners.
+
+One process trains on one device. On a CPU the same input, settings and number of threads give the same bytes, resumed
+or not; CUDA kernels sum in no fixed order.
 """
 
 import math
@@ -19,34 +27,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # type: ignore[import-untyped]
 from peft import PeftModel
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from qpack.data import IGNORED, Example
+from qpack.data import Example
 from qpack.errors import TrainingError
+from qpack.loading.adapters import save_adapter
+from qpack.training.averaging import average_gradients
+from qpack.training.batches import Batch, Order, collate, cut
+from qpack.training.checkpoints import Checkpoints
 from qpack.training.compute import Compute
+from qpack.training.distributed import Processes
 from qpack.training.model import require_float32_adapter
-from qpack.training.report import StepLog
+from qpack.training.paging import page_again
+from qpack.training.report import BatchHalved, Event, Listener, Rewards, RunBegin, StepLog
 from qpack.training.settings import TrainSettings
 
 UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
 """What stands for a paged optimizer on a CPU, which has no second memory to page to: the same update, unpaged."""
 
+CHECKPOINTS = 20
+"""How many a run saves if it isn't told, so that little is lost when it is interrupted,"""
+MOST_BETWEEN = 100
+"""and after how many steps at the latest."""
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class Steps:
-    """What the steps of one run came to."""
+    """What the steps of a run came to, those before an interruption included."""
 
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
+    losses: list[float]
+    tokens: int
+    seconds: float
+    resumed: int
+    """The steps of them that an interrupted run had done."""
+    best: int | None
+    """After which step the loss on the data held out was lowest: the adapter's step."""
+    best_loss: float | None
 
 
 def optimizer_for(settings: TrainSettings, compute: Compute) -> str:
@@ -60,52 +80,51 @@ def fit(
     settings: TrainSettings,
     compute: Compute,
     *,
-    scratch: Path,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_log: Callable[[StepLog], None] | None = None,
+    directory: Path,
+    trainer_class: "type[AdapterTrainer] | None" = None,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
+    listeners: Sequence[Listener] = (),
 ) -> Steps:
-    """Train the adapter in place. ``scratch`` is a directory that the Trainer may use; it leaves nothing there.
+    """Train the adapter in place, or go on from the last checkpoint in ``directory``, where new ones are saved.
 
     Raises:
-        TrainingError: the loss or a gradient is no longer finite, the warm-up is longer than the run, or LoRA is not
-            in float32.
+        TrainingError: the loss or a gradient is no longer finite, memory does not suffice for one sequence, the warm-up
+            is longer than the run, or LoRA is not in float32.
     """
-    steps = Steps()
-    watch = _Watch(steps, settings, compute, on_progress, on_log)
-    trainer = Trainer(
-        model=model,
-        args=_arguments(settings, compute, scratch),
-        train_dataset=examples,
-        data_collator=collate,
-        callbacks=[watch],
-    )
-    trainer.remove_callback(PrinterCallback)  # without a progress bar the Trainer prints its log
+    checkpoints = Checkpoints(directory, settings.keep)
+    arguments = _arguments(settings, compute, directory)
+    trainer = (trainer_class or AdapterTrainer)(model, arguments, examples, settings, checkpoints, processes, listeners)
     require_float32_adapter(model)
-    trainer.train()
-    return steps
+    resumed = checkpoints.latest()
+    done = _state(resumed) if resumed else TrainerState()
+    if resumed and _finished(done):
+        trainer._load_from_checkpoint(str(resumed))
+        trainer.state = done
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            raise TrainingError(f"out of memory outside the passes over the model: {_one_line(error)}") from error
+    state = trainer.state
+    if state.best_global_step:
+        trainer._load_from_checkpoint(str(checkpoints.path(state.best_global_step)))
+    logs = [log for log in state.log_history if "loss" in log]
+    return Steps(
+        losses=[log["loss"] for log in logs],
+        tokens=state.num_input_tokens_seen,
+        seconds=sum(log["seconds"] for log in logs),
+        resumed=done.global_step,
+        best=state.best_global_step,
+        best_loss=state.best_metric,
+    )
 
 
-def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest sequence.
-
-    Padding is told by the mask and the labels alone, never by its id: any id does, and an EOS in the text stays one.
-    """
-    longest = max(len(example["input_ids"]) for example in examples)
-
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])  # (batch, longest)
-
-    return {
-        "input_ids": padded([example["input_ids"] for example in examples], 0),
-        "attention_mask": padded([[1] * len(example["input_ids"]) for example in examples], 0),
-        "labels": padded([example["labels"] for example in examples], IGNORED),
-    }
-
-
-def _arguments(settings: TrainSettings, compute: Compute, scratch: Path) -> TrainingArguments:
+def _arguments(settings: TrainSettings, compute: Compute, directory: Path) -> TrainingArguments:
     on_gpu = compute.device == "cuda"
     arguments = TrainingArguments(
-        output_dir=str(scratch),
+        output_dir=str(directory),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
@@ -116,81 +135,258 @@ def _arguments(settings: TrainSettings, compute: Compute, scratch: Path) -> Trai
         max_grad_norm=settings.max_grad_norm,
         optim=optimizer_for(settings, compute),
         seed=settings.seed,
-        train_sampling_strategy="group_by_length",
         use_cpu=not on_gpu,
         bf16=compute.dtype == torch.bfloat16,
         fp16=compute.dtype == torch.float16,
         gradient_checkpointing=on_gpu,  # on a CPU memory is rarely what runs out, and recomputing costs a third
         gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_pin_memory=on_gpu,
-        include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
-        save_strategy="no",
+        save_strategy="steps",  # how many, _Watch tells
+        save_total_limit=None,  # Checkpoints deletes them
     )
     arguments._n_gpu = 1  # the model is on one device; the Trainer would multiply the batch by those beside it
     return arguments
 
 
-class _Watch(TrainerCallback):
-    """Follows every step: stops at the first that is not finite, and passes the others on."""
+class AdapterTrainer(Trainer):
+    """The Trainer with the differences that the module's docstring names."""
+
+    collate: Callable[[Sequence[Any]], Batch] = staticmethod(collate)
+    """Makes a batch of examples."""
 
     def __init__(
         self,
-        steps: Steps,
+        model: PeftModel,
+        args: TrainingArguments,
+        examples: Sequence[Example],
         settings: TrainSettings,
-        compute: Compute,
-        on_progress: Callable[[int, int], None] | None,
-        on_log: Callable[[StepLog], None] | None,
+        checkpoints: Checkpoints,
+        processes: Processes,
+        listeners: Sequence[Listener],
     ) -> None:
-        self.steps = steps
+        """Take what is constant for the run."""
         self.settings = settings
+        self.checkpoints = checkpoints
+        self.processes = processes
+        self.listeners = listeners
+        self.order = Order(
+            lengths=[*map(self.length, examples)],
+            group_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed,
+        )
+        self.passes: list[Pass] = []
+        self.began = time.perf_counter()
+        super().__init__(
+            model=model, args=args, train_dataset=examples, data_collator=self.collate, callbacks=[_Watch(self)]
+        )
+        self.remove_callback(PrinterCallback)  # without a progress bar the Trainer prints its log
+
+    @staticmethod
+    def length(example: Any) -> int:
+        """What an example costs, in tokens."""
+        return len(example["input_ids"])
+
+    def step_rewards(self) -> Rewards | None:
+        """What the answers of the step were rewarded with, if it is answers that are compared."""
+        return None
+
+    def tell(self, event: Event) -> None:
+        """Pass an event to all listeners."""
+        for listener in self.listeners:
+            listener(event)
+
+    # ---- a step --------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
+
+    def begin_step(self) -> None:
+        """Forget the last step."""
+        self.passes = []
+        self.began = time.perf_counter()
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run a batch forward and backward, in as many parts as memory asks for, and return its share of the loss."""
+        self.passes.append(Pass(inputs))
+        todo = self.passes[-1:]
+        while True:
+            try:
+                for batch in todo:
+                    parts = cut(batch.inputs, self.rows())
+                    losses = [
+                        super(AdapterTrainer, self).training_step(model, part, num_items_in_batch) for part in parts
+                    ]
+                    batch.loss = torch.stack(losses).sum()
+                break
+            except Exception as error:
+                if not _out_of_memory(error):
+                    raise
+                self._halve(error)
+            # Out of the except clause, so that nothing holds the tensors of the failed pass any more. What it has added
+            # to the gradients is unknown: the step begins anew.
+            clear_device_cache(garbage_collection=True)
+            model.zero_grad()
+            todo = self.passes
+        return self.passes[-1].loss
+
+    def rows(self) -> int:
+        """How many sequences go through the model at once. Checkpoints keep it: a resumed run does no other."""
+        return int(self.state.train_batch_size or self.settings.batch_size)
+
+    def _halve(self, error: BaseException) -> None:
+        rows = self.rows()
+        step = self.state.global_step + 1
+        if self.args.world_size > 1:
+            raise TrainingError(
+                f"out of memory in step {step}: lower batch_size {self.settings.batch_size}; with several processes it "
+                "cannot be done for one of them alone"
+            ) from error
+        if rows == 1:
+            raise TrainingError(
+                f"out of memory in step {step} with one sequence at a time; lower max_length "
+                f"{self.settings.max_length} or the rank of the adapter"
+            ) from error
+        self.state.train_batch_size = math.ceil(rows / 2)
+        parts = math.ceil(self.settings.batch_size / self.rows())
+        self.tell(BatchHalved(step, self.rows(), parts * self.settings.grad_accum))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Check and tell one step."""
+        if "loss" in logs:
+            self._require_finite(logs)
+            seconds = time.perf_counter() - self.began
+            tokens = sum(self.processes.gathered(sum(batch.inputs["tokens"] for batch in self.passes)))
+            self.state.num_input_tokens_seen += tokens
+            logs["seconds"] = seconds
+            state = self.state
+            step = StepLog(
+                state.global_step,
+                state.max_steps,
+                logs["loss"],
+                logs["learning_rate"],
+                tokens / seconds,
+                self.step_rewards(),
+            )
+            super().log(logs)
+            self.tell(step)
+
+    def _require_finite(self, logs: dict[str, float]) -> None:
         # With float16 an infinite gradient is how the gradient scaler finds its scale: it skips the step by itself.
-        self.checked = ("loss",) if compute.dtype == torch.float16 else ("loss", "grad_norm")
-        self.on_progress = on_progress or (lambda step, total: None)
-        self.on_log_step = on_log or (lambda log: None)
-        self.clock = time.perf_counter()
+        checked = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
+        for name in checked:
+            if not math.isfinite(logs[name]):
+                rows = self._rows(lambda batch: not batch.loss.isfinite()) or self._rows(lambda batch: True)
+                raise TrainingError(
+                    f"{name} is {logs[name]} at step {self.state.global_step} of {self.state.max_steps}, learning rate "
+                    f"{logs['learning_rate']:g}, rows {_listed(rows)}; lower the learning rate or look for broken "
+                    "weights in the base"
+                )
+
+    def _rows(self, chosen: "Callable[[Pass], bool]") -> list[str]:
+        """Where the data of the step comes from, of all processes."""
+        batches = filter(chosen, self.passes)
+        own = [origin for batch in batches for origin in batch.inputs["origins"]]
+        return [origin for origins in self.processes.gathered(own) for origin in origins]
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Do what accelerate does to a model that is trained by several processes, but for the base."""
+        if self.processes.size == 1 or not training or model is not self.model:
+            return super()._wrap_model(model, training, dataloader)
+        prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return average_gradients(prepared)
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.processes.shared(self.checkpoints.saving) as unfinished:
+            final, self.args.output_dir = self.args.output_dir, str(unfinished)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = final
+        if self.processes.first:
+            self.checkpoints.drop_old(self.state.best_global_step)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_adapter(self.accelerator.unwrap_model(self.model), Path(str(output_dir)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.optimizer:
+            page_again(self.optimizer)
+
+
+@dataclass(slots=True)
+class Pass:
+    """A batch on its way through the model."""
+
+    inputs: Batch
+    loss: torch.Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
+    """Its share of the loss of the step, once it is through."""
+
+
+class _Watch(TrainerCallback):
+    """Tells the trainer where its loop is."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse a warm-up that never ends, and start the clock."""
-        if self.settings.warmup_steps >= state.max_steps:
+        """Refuse a warm-up that never ends."""
+        if args.warmup_steps >= state.max_steps:
             raise TrainingError(
-                f"warmup_steps {self.settings.warmup_steps}: the run has {state.max_steps} steps, so the learning rate "
-                f"would never reach {self.settings.lr}; lower warmup_steps"
+                f"warmup_steps {args.warmup_steps:g}: the run has {state.max_steps} steps, so the learning rate "
+                f"would never reach {args.learning_rate}; lower warmup_steps"
             )
-        self.on_progress(0, state.max_steps)
-        self.clock = time.perf_counter()
+        by_length = min(MOST_BETWEEN, math.ceil(state.max_steps / CHECKPOINTS))
+        state.save_steps = self.trainer.settings.save_steps or by_length
+        self.trainer.tell(RunBegin(state.global_step, state.max_steps))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check and record one step."""
-        logs: dict[str, float] = kwargs["logs"]
-        if "loss" not in logs:  # the Trainer's summary after the last step
-            return
-        for name in self.checked:
-            if not math.isfinite(logs[name]):
-                raise TrainingError(
-                    f"{name} is {logs[name]} at step {state.global_step} of {state.max_steps}, learning rate "
-                    f"{logs['learning_rate']:g}; lower the learning rate or look for broken weights in the base"
-                )
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        tokens = state.num_input_tokens_seen - self.steps.tokens
-        self.steps.losses.append(logs["loss"])
-        self.steps.tokens = state.num_input_tokens_seen
-        self.steps.seconds += seconds
-        self.on_progress(state.global_step, state.max_steps)
-        self.on_log_step(
-            StepLog(state.global_step, state.max_steps, logs["loss"], logs["learning_rate"], tokens / seconds)
-        )
+        """Set the order; accelerate does not pass an epoch on to the sampler of a resumed one."""
+        self.trainer.order.epoch = int(state.epoch or 0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin a step."""
+        self.trainer.begin_step()
+
+
+def _state(checkpoint: Path) -> TrainerState:
+    state: TrainerState = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state
+
+
+def _finished(state: TrainerState) -> bool:
+    """Whether the run that saved this had decided to stop: at its last step, or earlier."""
+    callbacks: Any = state.stateful_callbacks
+    return bool(callbacks["TrainerControl"]["args"]["should_training_stop"])
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether it is what a GPU, torch's CPU allocator or Python raises."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+def _listed(rows: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return ", ".join(rows[:most]) + more
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

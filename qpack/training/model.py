@@ -29,8 +29,8 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base: Path, compute: Compute) -> PreTrainedModel:
-    """Load a packed checkpoint for training.
+def load_base(base: Path, compute: Compute, *, sharded: bool = False) -> PreTrainedModel:
+    """Load a packed checkpoint for training, or the part of it that is this process's.
 
     The compute dtype is ours, not the one that its config.json suggests to whoever loads it: that one was chosen on
     the machine that packed the model.
@@ -38,7 +38,9 @@ def load_base(base: Path, compute: Compute) -> PreTrainedModel:
     Raises:
         CheckpointError: the checkpoint cannot be read, or lacks or has more tensors than the model.
     """
-    return load(base, dtype=compute.dtype, device_map={"": compute.device})
+    # accelerate compares the device with its own, which has a number.
+    device = f"cuda:{torch.cuda.current_device()}" if compute.device == "cuda" else compute.device
+    return load(base, dtype=compute.dtype, device_map={"": device}, sharded=sharded)
 
 
 def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:

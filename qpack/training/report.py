@@ -1,15 +1,37 @@
-"""What training tells: one record a step while it runs, one report when it is done."""
+"""What training tells: an event for everything that happens while it runs, one report when it is done."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunBegin:
+    """The first step is about to begin. ``step`` of ``total`` were done by an interrupted run that this one goes on."""
+
+    step: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """What DPO's pairs of a step were rewarded with, on average: beta times the log-probability gained over the base.
+
+    ``margin`` is the difference, and ``accuracy`` the share of the pairs whose chosen answer is rewarded more.
+    """
+
+    chosen: float
+    rejected: float
+    margin: float
+    accuracy: float
 
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
     """One optimizer step.
 
-    ``loss`` is the mean over the step's learned tokens, ``lr`` the rate the step used, and ``tokens_per_second``
-    counts the tokens of the batch without its padding.
+    ``loss`` is the mean over the step's learned tokens (DPO: over its pairs), ``lr`` the rate the step used, and
+    ``tokens_per_second`` counts the tokens of the batch without its padding. ``rewards`` are DPO's.
     """
 
     step: int
@@ -17,6 +39,31 @@ class StepLog:
     loss: float
     lr: float
     tokens_per_second: float
+    rewards: Rewards | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalLog:
+    """One evaluation, after ``step``: ``loss`` is the mean over all learned tokens that were held out."""
+
+    step: int
+    total: int
+    loss: float
+    best: bool
+    """Whether it is the lowest so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchHalved:
+    """Memory ran out in ``step``: from here on a forward pass takes ``batch_size`` sequences and a step more passes."""
+
+    step: int
+    batch_size: int
+    grad_accum: int
+
+
+Event = RunBegin | StepLog | EvalLog | BatchHalved
+Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +72,10 @@ class TrainReport:
 
     ``examples`` are sequences, ``truncated`` how many of them were cut at ``max_length``, ``tokens`` all tokens the
     model was fed without padding. ``final_loss`` is the mean of the last ten steps (of all, if there were fewer).
-    ``seconds`` covers the steps alone, not loading. ``optimizer`` and ``compute_dtype`` are those that were used.
+    ``seconds`` covers the steps alone, not loading, saving or evaluating. Counts, losses and seconds are those of the
+    whole run, the part before an interruption included; ``resumed_step`` is where this call went on. ``optimizer`` and
+    ``compute_dtype`` are those that were used. With data held out, the adapter is that of ``best_step``, whose loss on
+    that data is ``best_eval_loss``.
     """
 
     output: Path
@@ -40,3 +90,6 @@ class TrainReport:
     tokens_per_second: float
     compute_dtype: str
     optimizer: str
+    resumed_step: int
+    best_step: int | None
+    best_eval_loss: float | None

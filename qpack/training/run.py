@@ -4,23 +4,36 @@ What can be refused without torch (the data, the base's config, the output) is r
 what can be refused without the weights before they are loaded.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from qpack.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from qpack.adapters.record import Base, Record
-from qpack.data import DataOptions, encode, read
+from qpack.data import DataOptions, Rows, encode, encode_preferences, read, read_preferences
 from qpack.data.reading import Arguments
+from qpack.errors import TrainingError
 from qpack.loading.base import require_packed
-from qpack.output import new_directory
-from qpack.training.report import StepLog, TrainReport
+from qpack.output import resumable_directory
+from qpack.training.distributed import Processes
+from qpack.training.report import Event, Listener, RunBegin, StepLog, TrainReport
 from qpack.training.settings import TrainSettings
 
+logger = logging.getLogger(__name__)
+
 LIBRARIES = ("qpack", "torch", "transformers", "peft", "bitsandbytes")
-"""Whose versions the adapter's record holds: the arithmetic is theirs."""
+"""Whose versions an adapter depends on and its record holds: the arithmetic is theirs."""
+
+WITHOUT_EFFECT = ("save_steps", "keep", "fsdp")
+"""Settings that leave the adapter as it is."""
+
+CHECKPOINTS_NAME = ".checkpoints"
+"""In the directory that the work goes on in; not published."""
 
 FINAL_STEPS = 10
 """How many steps the report's final loss is the mean of: single batches differ too much."""
@@ -34,13 +47,17 @@ def train(
     *,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-    on_log: Callable[[StepLog], None] | None = None,
+    on_event: Listener | None = None,
 ) -> TrainReport:
     """Train a LoRA adapter for a packed base on conversations and texts.
 
     The output directory holds what PEFT and vLLM load: adapter_config.json, adapter_model.safetensors (float32), the
     tokenizer with its chat template, and qpack_adapter.json, which says what it was trained on. It appears when
     training has succeeded, and not otherwise.
+
+    A run that was interrupted, or stopped for want of memory or of a finite loss, leaves its checkpoints beside the
+    output, and the same call goes on from the last of them. On a CPU the adapter is then, to the bit, that of a run
+    without interruption. A call with another base, other data or settings that matter begins anew.
 
     Args:
         base: directory of a bitsandbytes NF4 checkpoint; the adapter names it as it is given here.
@@ -50,20 +67,43 @@ def train(
         settings: the hyper-parameters.
         force: replace an adapter that is already at ``output``.
         on_progress: called with the optimizer steps done and their total, first with 0.
-        on_log: called after every optimizer step.
+        on_event: called with everything that happens, see `qpack.training.report`.
 
     Raises:
         CheckpointError: the base is not a packed checkpoint or cannot be loaded.
         DataError: the data cannot be used; the message names file and line.
         OutputExistsError: the output exists and ``force`` was not given, or it is not an adapter.
-        TrainingError: the loss or a gradient is no longer finite, or the run is shorter than its warm-up.
+        TrainingError: the loss or a gradient is no longer finite, memory does not suffice for one sequence, or the run
+            is shorter than its warm-up.
     """
-    identity = Base.of(require_packed(Path(base)))
+    listeners = [*filter(None, [on_event, _progress(on_progress) if on_progress else None])]
+    processes = Processes.launched()
+    if settings.fsdp and processes.size == 1:
+        raise TrainingError("fsdp: there is one process; start several with torchrun --nproc-per-node N -m qpack train")
+    with processes.joined():
+        return _train(Path(base), data, Path(output), settings, processes, force, listeners)
+
+
+def _train(
+    base: Path,
+    data: Arguments,
+    output: Path,
+    settings: TrainSettings,
+    processes: Processes,
+    force: bool,
+    listeners: Sequence[Listener],
+) -> TrainReport:
+    """`train` as one of ``processes``."""
     options = DataOptions(settings.format, settings.loss, settings.chat_template, settings.on_bad_row)
-    rows = read(data, options, seed=settings.seed)
-    with new_directory(
-        Path(output), force=force, marker=ADAPTER_CONFIG_NAME, inputs=[Path(base), *rows.paths]
-    ) as partial:
+    dpo = settings.method == "dpo"
+
+    def read_rows() -> Rows[Any]:
+        return read_preferences(data, options, seed=settings.seed) if dpo else read(data, options, seed=settings.seed)
+
+    identity, rows = processes.once(lambda: (Base.of(require_packed(base)), read_rows()))
+    with processes.shared(
+        lambda: resumable_directory(output, force=force, marker=ADAPTER_CONFIG_NAME, inputs=[base, *rows.paths])
+    ) as work:
         from qpack.quiet import quiet_libraries
 
         with quiet_libraries():
@@ -71,23 +111,43 @@ def train(
 
             from qpack.loading.adapters import save_adapter
             from qpack.training.compute import choose_compute
-            from qpack.training.loop import fit, optimizer_for
+            from qpack.training.dpo import PreferenceTrainer
+            from qpack.training.loop import AdapterTrainer, fit, optimizer_for
             from qpack.training.model import add_lora, load_base, load_tokenizer
 
-            tokenizer = load_tokenizer(Path(base))
-            dataset = encode(rows, tokenizer, Path(base), options, settings.max_length)
+            tokenizer = load_tokenizer(base)
+            encoding: Any = encode_preferences if dpo else encode
+            dataset = processes.once(lambda: encoding(rows, tokenizer, base, options, settings.max_length))
             compute = choose_compute()
+            if processes.size > 1 and processes.first:
+                logger.info("%s", processes.describe(settings, compute.device))
             set_seed(settings.seed)
-            model = add_lora(load_base(Path(base), compute), settings)
-            steps = fit(
-                model, dataset.examples, settings, compute, scratch=partial, on_progress=on_progress, on_log=on_log
+            model = add_lora(load_base(base, compute, sharded=settings.fsdp), settings)
+            record = Record(
+                versions={library: version(library) for library in LIBRARIES},
+                base=identity,
+                settings=asdict(settings),
+                data={"digest": dataset.digest, "examples": len(dataset.examples)},
+                template=dataset.template,
+                metrics={},
             )
-            save_adapter(model, partial)
-            (partial / "README.md").unlink()  # PEFT's model card, a form with nothing filled in
-            tokenizer.chat_template = dataset.template or tokenizer.chat_template
-            tokenizer.save_pretrained(partial)
+            processes.once(lambda: work.begin(_inputs(record, processes)))
+            steps = fit(
+                model,
+                dataset.examples,
+                settings,
+                compute,
+                trainer_class=PreferenceTrainer if dpo else AdapterTrainer,
+                directory=work.directory / CHECKPOINTS_NAME,
+                processes=processes,
+                listeners=listeners if processes.first else (),
+            )
+            if processes.first:
+                save_adapter(model, work.directory)
+                tokenizer.chat_template = dataset.template or tokenizer.chat_template
+                tokenizer.save_pretrained(work.directory)
         report = TrainReport(
-            output=Path(output),
+            output=output,
             steps=len(steps.losses),
             examples=len(dataset.examples),
             truncated=dataset.truncated,
@@ -99,14 +159,27 @@ def train(
             tokens_per_second=steps.tokens / steps.seconds,
             compute_dtype=compute.dtype_name,
             optimizer=optimizer_for(settings, compute),
+            resumed_step=steps.resumed,
+            best_step=steps.best,
+            best_eval_loss=steps.best_loss,
         )
         metrics = ("steps", "tokens", "trainable_parameters", "first_loss", "final_loss")
-        Record(
-            versions={library: version(library) for library in LIBRARIES},
-            base=identity,
-            settings=asdict(settings),
-            data={"digest": dataset.digest, "examples": len(dataset.examples)},
-            template=dataset.template,
-            metrics={name: getattr(report, name) for name in metrics},
-        ).write(partial)
+        if processes.first:
+            replace(record, metrics={name: getattr(report, name) for name in metrics}).write(work.directory)
     return report
+
+
+def _inputs(record: Record, processes: Processes) -> str:
+    """All that the adapter depends on, as text."""
+    content = {**asdict(record), "processes": processes.size}
+    for name in WITHOUT_EFFECT:
+        del content["settings"][name]
+    return json.dumps(content, indent=1)
+
+
+def _progress(on_progress: Callable[[int, int], None]) -> Listener:
+    def listen(event: Event) -> None:
+        if isinstance(event, RunBegin | StepLog):
+            on_progress(event.step, event.total)
+
+    return listen

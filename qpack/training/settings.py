@@ -13,6 +13,9 @@ from typing import Any
 from qpack.data.options import FORMATS, LOSSES, ON_BAD_ROW
 from qpack.errors import DataError
 
+METHODS = ("sft", "dpo")
+"""Supervised fine-tuning, and direct preference optimization."""
+
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch")
 """The optimizers offered, by the names that transformers gives them."""
 
@@ -42,6 +45,12 @@ class TrainSettings:
         max_length: longest sequence in tokens; longer ones are cut at their end, and the report counts them.
         max_grad_norm: gradients are scaled down to this norm.
         optim: one of :data:`OPTIMIZERS`. Paging needs a GPU; on a CPU the unpaged twin is used and reported.
+        save_steps: steps between two checkpoints, from which an interrupted run goes on; by default a twentieth of the
+            run and at most 100.
+        keep: how many of the last checkpoints stay while the run lasts.
+        method: ``sft``: learn the answers as they stand; ``dpo``: prefer one of two.
+        beta: how dear it is to DPO to leave the base: a reward is ``beta`` times a log-probability gained over it.
+        fsdp: of several processes each holds a part of the base, not all of it.
         seed: decides the initial adapter, the order of the data and the dropout.
     """
 
@@ -62,18 +71,24 @@ class TrainSettings:
     max_length: int = 1024
     max_grad_norm: float = 0.3
     optim: str = "paged_adamw_8bit"
+    save_steps: int | None = None
+    keep: int = 2
+    method: str = "sft"
+    beta: float = 0.1
+    fsdp: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse wrong types and values out of range."""
-        for name in ("r", "lora_alpha", "batch_size", "grad_accum"):
+        for name in ("r", "lora_alpha", "batch_size", "grad_accum", "keep"):
             _require_integer(name, getattr(self, name), minimum=1)
         _require_integer("max_length", self.max_length, minimum=2)  # one token to read, one to predict
         _require_integer("warmup_steps", self.warmup_steps, minimum=0)
         _require_integer("seed", self.seed, minimum=0)
-        if self.max_steps is not None:
-            _require_integer("max_steps", self.max_steps, minimum=1)
-        for name in ("lr", "epochs", "max_grad_norm"):
+        for name in ("max_steps", "save_steps"):
+            if getattr(self, name) is not None:
+                _require_integer(name, getattr(self, name), minimum=1)
+        for name in ("lr", "epochs", "max_grad_norm", "beta"):
             _require_number(name, getattr(self, name))
             if getattr(self, name) <= 0:
                 raise DataError(f"{name}: expected more than 0, found {getattr(self, name)}")
@@ -86,6 +101,8 @@ class TrainSettings:
         _require_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         if self.chat_template is not None and not isinstance(self.chat_template, str):
             raise DataError(f"chat_template: expected the path of a file, found {self.chat_template!r}")
+        _require_flag("fsdp", self.fsdp)
+        _require_choice("method", self.method, METHODS)
         _require_choice("optim", self.optim, OPTIMIZERS)
         _require_choice("lr_scheduler", self.lr_scheduler, SCHEDULERS)
 
@@ -141,6 +158,11 @@ def _require_integer(name: str, value: object, *, minimum: int) -> None:
 def _require_number(name: str, value: object) -> None:
     if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
         raise DataError(f"{name}: expected a finite number, found {value!r}")
+
+
+def _require_flag(name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise DataError(f"{name}: expected true or false, found {value!r}")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qpack.data import IGNORED, Conversation, DataOptions, Dataset, Document, Example, Rows, encode
 from qpack.data.rows import Message
 from qpack.errors import DataError
-from qpack.training.loop import collate
+from qpack.training.batches import collate
 
 TURNS = [
     {"role": "user", "content": "one?"},

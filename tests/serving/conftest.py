@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import qpack
 from qpack.data import DataOptions, encode, read
 from qpack.training import TrainSettings
-from qpack.training.loop import collate
+from qpack.training.batches import collate, cut
 from qpack.training.model import load_tokenizer
 
 
@@ -39,7 +39,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_llama(folder / "source")
     tokenizer = load_tokenizer(source)
     chats = read(write_chats(folder / "base.jsonl", "packed"))
-    batch = collate(encode(chats, tokenizer, source, DataOptions(), 128).examples)
+    examples = encode(chats, tokenizer, source, DataOptions(), 128).examples
+    [batch] = cut(collate(examples), len(examples))
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(80):

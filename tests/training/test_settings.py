@@ -30,6 +30,7 @@ from qpack.training import TrainSettings, load_settings
         ("max_length", 1, "max_length: expected at least 2, found 1"),
         ("max_grad_norm", float("inf"), "max_grad_norm: expected a finite number, found inf"),
         ("optim", "sgd", "optim: expected one of paged_adamw_8bit, paged_adamw_32bit, adamw_8bit, adamw_torch, found"),
+        ("fsdp", "yes", "fsdp: expected true or false, found 'yes'"),
         ("seed", -1, "seed: expected at least 0, found -1"),
     ],
 )

@@ -55,7 +55,15 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "packed"
 
 
-@pytest.mark.parametrize("name", ["base", "mixtral"])
+@pytest.fixture(scope="module")
+def floats(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes in bfloat16, and scales that are not quantized themselves."""
+    directory = tmp_path_factory.mktemp("floats") / "packed"
+    qpack.convert(llama, directory, quant_storage="bfloat16", double_quant=False)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["base", "floats", "mixtral"])
 def test_each_process_reads_and_holds_its_half(name: str, request: pytest.FixtureRequest) -> None:
     base: Path = request.getfixturevalue(name)
     model = load(base, dtype=torch.float32, device_map={"": "cpu"})

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qpack.errors import CheckpointError, DataError, OutputExistsError, TrainingError
 from qpack.training import StepLog, TrainReport, TrainSettings, train
 from qpack.training.compute import choose_compute
+from qpack.training.report import Listener
 
 ONE_STEP = TrainSettings(r=2, max_steps=1, warmup_steps=0, optim="adamw_torch")
 
@@ -27,6 +28,11 @@ def learned(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A run long enough to know the sixteen answers by heart."""
     settings = TrainSettings(r=8, lora_dropout=0.0, lr=3e-3, warmup_steps=2, max_steps=60, batch_size=16)
     return train(base, data, tmp_path_factory.mktemp("learned") / "adapter", settings)
+
+
+def steps_into(logs: list[StepLog]) -> Listener:
+    """A listener that keeps the steps."""
+    return lambda event: logs.append(event) if isinstance(event, StepLog) else None
 
 
 def test_loss_falls(learned: TrainReport) -> None:
@@ -118,7 +124,7 @@ def test_every_schedule_honours_the_warm_up(
 ) -> None:
     logs: list[StepLog] = []
     settings = replace(ONE_STEP, lr=1e-3, lr_scheduler=schedule, max_steps=4, warmup_steps=2, batch_size=1)
-    train(base, data, tmp_path / "adapter", settings, on_log=logs.append)
+    train(base, data, tmp_path / "adapter", settings, on_event=steps_into(logs))
     assert [log.lr / 1e-3 for log in logs] == pytest.approx(rates)
 
 
@@ -142,7 +148,7 @@ def test_progress_and_epochs(base: Path, data: Path, tmp_path: Path) -> None:
         tmp_path / "adapter",
         settings,
         on_progress=lambda done, total: progress.append((done, total)),
-        on_log=logs.append,
+        on_event=steps_into(logs),
     )
     assert progress == [(step, 6) for step in range(7)]
     assert [(log.step, log.total) for log in logs] == [(step, 6) for step in range(1, 7)]
@@ -157,9 +163,16 @@ def test_nothing_is_printed(base: Path, data: Path, tmp_path: Path, capfd: pytes
 def test_diverging_run_stops_at_its_step(base: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "adapter"
     settings = replace(ONE_STEP, max_steps=20, lr=1e30)
-    with pytest.raises(TrainingError, match=r"^(loss|grad_norm) is (nan|inf) at step 2 of 20, learning rate 1e\+30; "):
+    with pytest.raises(
+        TrainingError,
+        match=r"^(loss|grad_norm) is (nan|inf) at step 2 of 20, learning rate 1e\+30, rows .*orders\.jsonl:\d+, ",
+    ):
         train(base, data, output, settings)
-    assert list(output.parent.iterdir()) == []
+    # Nothing is published, and the last checkpoint is there to be looked at.
+    [partial] = output.parent.iterdir()
+    checkpoints = sorted(partial.glob(".checkpoints/*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-1"]
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoints[0] / "adapter_model.safetensors").values())
 
 
 def test_base_with_broken_weights_stops_at_the_first_step(base: Path, data: Path, tmp_path: Path) -> None:
@@ -168,7 +181,7 @@ def test_base_with_broken_weights_stops_at_the_first_step(base: Path, data: Path
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match=r"^loss is nan at step 1 of 1, learning rate 0\.0002; "):
+    with pytest.raises(TrainingError, match=r"^loss is nan at step 1 of 1, learning rate 0\.0002, rows "):
         train(broken, data, tmp_path / "adapter", ONE_STEP)
 
 

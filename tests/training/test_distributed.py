@@ -1,0 +1,146 @@
+"""Two processes do what one does with a batch twice as large, each with all of the base or with half of it."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from moe import SIZES
+from processes import run_together
+from safetensors.torch import load_file
+from tiny import write_tokenizer
+from transformers import AutoModelForCausalLM, OlmoeConfig
+
+import qpack
+from qpack.errors import TrainingError
+from qpack.training import Event, StepLog, TrainReport, TrainSettings, train
+from qpack.training.distributed import Processes
+
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = TrainSettings(r=4, lora_dropout=0.0, lr=1e-3, max_steps=4, batch_size=2, grad_accum=2, save_steps=2)
+
+
+def run(
+    base: Path, data: Path, output: Path, settings: TrainSettings, stop: int | None = None
+) -> tuple[TrainReport, list[float]]:
+    """Train as one of several processes; the first is killed after step ``stop``."""
+    losses: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepLog):
+            losses.append(event.loss)
+            if event.step == stop:
+                os._exit(9)
+
+    return train(base, data, output, settings, on_event=listen), losses
+
+
+@pytest.fixture(scope="module")
+def together(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainReport, list[float]]:
+    """A run of two processes that hold all of the base."""
+    output = tmp_path_factory.mktemp("ddp") / "adapter"
+    first, second = run_together(run, base, data, output, SETTINGS)
+    assert second[1] == []  # only the first reports
+    assert second[0] == replace(first[0], seconds=second[0].seconds, tokens_per_second=second[0].tokens_per_second)
+    return first[0], first[1]
+
+
+def test_losses_are_those_of_one_process(
+    together: tuple[TrainReport, list[float]], base: Path, data: Path, tmp_path: Path
+) -> None:
+    report, losses = together
+    alone, expected = run(base, data, tmp_path / "alone", replace(SETTINGS, batch_size=4))
+    assert report.tokens == alone.tokens
+    # Sums over a batch are in another order, in the compute dtype.
+    tolerance = 1e-5 if alone.compute_dtype == "float32" else 5e-3
+    assert losses == pytest.approx(expected, rel=tolerance)
+    mine, theirs = load_file(alone.output / WEIGHTS), load_file(report.output / WEIGHTS)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        # Adam's first steps are near lr whatever the gradient: where that is all but zero, its sign may differ.
+        different = ((tensor - theirs[name]).abs() > 1e-4).float().mean()
+        assert different < 0.02, name
+
+
+def test_half_of_the_base_in_each_gives_the_same_adapter(
+    together: tuple[TrainReport, list[float]], base: Path, data: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "settings.yaml"
+    values = {name: getattr(SETTINGS, name) for name in TrainSettings.__dataclass_fields__}
+    config.write_text(json.dumps(values))  # YAML too
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "qpack", "train", str(base), str(data), "-o", str(tmp_path / "adapter"), "--config", str(config)]
+    done = subprocess.run([*launcher, *command, "--fsdp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    says = "2 processes (gloo, cpu): FSDP2, each holds 1/2 of the base; 2 x 2 x 2 = 8 sequences a step\n"
+    assert done.stderr.count(says) == 1
+    assert done.stdout.count(f"{tmp_path / 'adapter'}: loss ") == 1
+    report, _ = together
+    assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == (report.output / WEIGHTS).read_bytes()
+
+
+def test_killed_and_resumed_it_is_the_same_adapter(
+    together: tuple[TrainReport, list[float]], base: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BrokenProcessPool):
+        run_together(run, base, data, tmp_path / "adapter", SETTINGS, 3)
+    assert not (tmp_path / "adapter").exists()
+    first, _ = run_together(run, base, data, tmp_path / "adapter", SETTINGS)
+    assert first[0].resumed_step == 2
+    report, losses = together
+    assert first[1] == losses[2:]
+    assert (first[0].output / WEIGHTS).read_bytes() == (report.output / WEIGHTS).read_bytes()
+
+
+def test_experts_without_a_token(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    many = OlmoeConfig(**SIZES, intermediate_size=64, num_experts=64)  # more than the 2 x 33 places of a batch can fill
+    AutoModelForCausalLM.from_config(many).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    qpack.convert(tmp_path / "source", tmp_path / "packed")
+    settings = replace(SETTINGS, batch_size=1, grad_accum=1, max_steps=2)
+    first, second = run_together(run, tmp_path / "packed", data, tmp_path / "adapter", settings)
+    assert first[0].steps == second[0].steps == 2
+
+
+def refused(base: Path, data: Path, output: Path) -> str:
+    try:
+        train(base, data, output, SETTINGS)
+    except qpack.QpackError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_input_is_refused_once(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    first, second = run_together(refused, base, tmp_path / "data.jsonl", tmp_path / "adapter")
+    assert "data.jsonl:1: " in first
+    assert second == "rank 1: stopped because rank 0 did, which says why"
+
+
+def test_sharding_takes_several_processes(base: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^fsdp: there is one process; start several with torchrun "):
+        train(base, data, tmp_path / "adapter", replace(SETTINGS, fsdp=True))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, r"^WORLD_SIZE is 2 but RANK is not set; start with torchrun$"),
+        ({"ACCELERATE_USE_FSDP": "true"}, r"^accelerate_use_fsdp is set by accelerate's config: .* qpack's own fsdp"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed cannot shard packed weights"),
+    ],
+)
+def test_what_would_not_be_done_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        Processes.launched(environment)
+
+
+def test_what_launchers_say() -> None:
+    assert Processes.launched({}) == Processes.launched({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"})
+    assert Processes.launched({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}) == Processes(3, 4, 1)

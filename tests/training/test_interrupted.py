@@ -1,0 +1,42 @@
+"""An interrupted run that is begun again ends with the adapter of a run that was never interrupted, to the bit."""
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import finish, kill
+
+from qpack.training import TrainSettings
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA kernels sum in no fixed order")
+
+BASE = TrainSettings(r=4, lora_dropout=0.1, lr=1e-3, batch_size=2, epochs=2.0, save_steps=2)
+"""Two epochs of eight steps; dropout draws random numbers in each, so a state that is off by one draw shows."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        replace(BASE, optim="paged_adamw_8bit"),  # its unpaged twin, on a CPU
+        replace(BASE, optim="paged_adamw_32bit", lr_scheduler="cosine", warmup_steps=3),
+        replace(BASE, optim="adamw_torch", grad_accum=3, lr_scheduler="linear"),  # 3 does not divide the epoch
+    ],
+    ids=lambda settings: f"{settings.optim}-{settings.lr_scheduler}-{settings.grad_accum}",
+)
+def test_killed_and_resumed_it_is_the_same_adapter(
+    base: Path, data: Path, tmp_path: Path, settings: TrainSettings
+) -> None:
+    finish(base, data, tmp_path / "whole", settings)
+    moments = random.Random(settings.optim)
+    steps = math.ceil(8 / settings.grad_accum) * 2
+    first, second = sorted(moments.sample(range(2, steps - 1), 2))
+    kill(base, data, tmp_path / "resumed", settings, first, delay=0)
+    kill(base, data, tmp_path / "resumed", settings, second, delay=moments.uniform(0, 0.02))
+    assert not (tmp_path / "resumed").exists()
+    assert finish(base, data, tmp_path / "resumed", settings) >= first - 2
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "resumed").iterdir()} == contents
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]
