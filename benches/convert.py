@@ -97,8 +97,12 @@ def write(path: Path, size: int) -> float:
 
 
 def convert(source: Path, output: Path, options: list[str]) -> tuple[float, int]:
-    """Seconds, and the largest number of anonymous bytes seen."""
-    command = [sys.executable, "-m", "qpack", "convert", str(source), str(output), "-q", *options]
+    """As `run`."""
+    return run([sys.executable, "-m", "qpack", "convert", str(source), str(output), "-q", *options])
+
+
+def run(command: list[str]) -> tuple[float, int]:
+    """Seconds that a command takes, and the largest number of anonymous bytes seen."""
     begin = time.monotonic()
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:

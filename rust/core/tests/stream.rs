@@ -188,6 +188,71 @@ fn parts_are_cut_interleaved_and_transposed_out_of_a_fused_tensor() {
     assert_eq!(cut(&swapped, true, halves, packing), codes(&contiguous));
 }
 
+#[test]
+fn a_merge_goes_on_too_and_knows_the_norms_of_what_was_done() {
+    let dir = tempdir().unwrap();
+    let (source, adapter) = (dir.path().join("source.safetensors"), dir.path().join("adapter.safetensors"));
+    // Two chunks a weight.
+    let rows = 2048;
+    let names = ["w", "x", "y"];
+    write_floats(&source, &names.map(|name| (name, [rows, 512], ramp(1 << 20, 0.002))), Float::BF16);
+    let factors = [("a", [4, 512]), ("b", [rows, 4]), ("m", [1, rows]), ("z", [3, 5])];
+    write_floats(
+        &adapter,
+        &factors.map(|(name, shape)| (name, shape, ramp((shape[0] * shape[1]) as usize, 0.003))),
+        Float::F32,
+    );
+    let packed = dir.path().join("packed");
+    fs::create_dir(&packed).unwrap();
+    let checkpoint = open(&[source]);
+    let plan = pack_w(&checkpoint, Packing { blocksize: 64, double_quant: true }, u64::MAX);
+    plan.write(&packed, "", 2, &(), &Job::default()).unwrap();
+    let base = open(&[packed.join("model.safetensors")]);
+
+    let stored = |name: &str| Stored { file: adapter.clone(), name: name.to_owned() };
+    let view = |name: &str, columns| View { tensor: stored(name), offset: 0, strides: [columns, 1] };
+    let change = |magnitude: Option<&str>| Change::Sum {
+        terms: vec![LowRank { left: view("b", 4), right: view("a", 512), r: 4, scale: 0.5, rows: None }],
+        magnitude: magnitude.map(stored),
+        by_columns: false,
+        of: None,
+    };
+    let changes = [("w", change(None)), ("x", change(Some("m"))), ("z", Change::Replace(stored("z")))];
+    let changes = Changes::open(changes.map(|(name, change)| (name.to_owned(), change)).into()).unwrap();
+    let shapes = [("w", [rows, 512]), ("x", [rows, 512]), ("y", [rows, 512]), ("z", [3, 5])];
+    let kept = |name: &str, shape: &[u64]| Part { keep_as: Some(Float::BF16), ..part(name, shape, None) };
+    let recipes = shapes.map(|(name, shape)| recipe(name, vec![kept(name, &shape)]));
+    let run = |out: &Path, threads| {
+        fs::create_dir_all(out).unwrap();
+        let plan = pack::plan(&base, &recipes, &changes, EXACT, 1 << 21).unwrap();
+        let total = plan.source_bytes();
+        (plan.write(out, "", threads, &(), &Job::default()).unwrap(), total)
+    };
+    let whole = dir.path().join("whole");
+    let (first, total) = run(&whole, 1);
+    assert_eq!(first.changes.keys().collect::<Vec<_>>(), ["w", "x"]);
+    assert!(first.changes.values().all(|norms| norms.change > 1.0 && norms.weight > 1.0), "{:?}", first.changes);
+    let files = |out: &Path| contents(out)[1..].to_vec(); // without the journal
+    let expected = files(&whole);
+    let journal = fs::read_to_string(whole.join(JOURNAL_NAME)).unwrap();
+    let lines: Vec<&str> = journal.split_inclusive('\n').collect();
+    // As if it had been killed after each recipe, with a torn line, and whatever in the file that it was at.
+    for done in 1..=4 {
+        let torn = lines.get(done + 1).map_or("", |line| &line[..line.len() / 2]);
+        fs::write(whole.join(JOURNAL_NAME), lines[..=done].concat() + torn).unwrap();
+        if done < 4 {
+            let path = whole.join(format!("model-0000{}-of-00004.safetensors", done + 1));
+            let mut bytes = fs::read(&path).unwrap();
+            bytes.truncate(bytes.len() - 7);
+            fs::write(path, bytes).unwrap();
+        }
+        let (again, _) = run(&whole, 2);
+        assert_eq!(stream::Written { resumed_bytes: 0, ..again.clone() }, first);
+        assert!(if done < 4 { (1..total).contains(&again.resumed_bytes) } else { again.resumed_bytes == total });
+        assert_eq!(files(&whole), expected);
+    }
+}
+
 /// Source files that come from a store, and are only there while they are needed.
 struct OneAtATime<'a> {
     store: &'a Path,

@@ -32,6 +32,7 @@ static UPPER: [u16; 32] = {
 
 impl Lanes for Avx512 {
     type Floats = [__m512; 2];
+    type Mask = [u16; 2];
     const WIDTH: usize = 32;
 
     #[inline(always)]
@@ -85,7 +86,7 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn round<const BF16: bool>(self, low: [__m512; 2], high: [__m512; 2], out: &mut [[u8; 2]]) -> u32 {
+    fn round<const BF16: bool>(self, low: [__m512; 2], high: [__m512; 2], out: &mut [[u8; 2]]) -> [u16; 2] {
         let out = out[..32].as_mut_ptr();
         // SAFETY: see `load`; `out` has 64 bytes.
         unsafe {
@@ -95,7 +96,7 @@ impl Lanes for Avx512 {
                 _mm256_storeu_si256(out.add(16).cast(), second);
                 let first = _mm256_cmpneq_epi16_mask(first, _mm512_cvtps_ph::<ROUNDED>(high[0]));
                 let second = _mm256_cmpneq_epi16_mask(second, _mm512_cvtps_ph::<ROUNDED>(high[1]));
-                return u32::from(first) | u32::from(second) << 16;
+                return [first, second];
             }
             let (first, second) = (half_up_512(low[0]), half_up_512(low[1]));
             let upper = _mm512_loadu_si512(UPPER.as_ptr().cast());
@@ -103,9 +104,13 @@ impl Lanes for Avx512 {
             let (first, second) =
                 (_mm512_xor_si512(first, half_up_512(high[0])), _mm512_xor_si512(second, half_up_512(high[1])));
             let kept = _mm512_set1_epi32(KEPT);
-            let (first, second) = (_mm512_test_epi32_mask(first, kept), _mm512_test_epi32_mask(second, kept));
-            u32::from(first) | u32::from(second) << 16
+            [_mm512_test_epi32_mask(first, kept), _mm512_test_epi32_mask(second, kept)]
         }
+    }
+
+    #[inline(always)]
+    fn bits(self, [first, second]: [u16; 2]) -> u32 {
+        u32::from(first) | u32::from(second) << 16
     }
 }
 

@@ -43,11 +43,12 @@ fn merge_nf4_on(
     assert_eq!(out.len(), rows * columns * to.size(), "wrong number of bytes for {rows} x {columns} values");
     let segment = Segment::new(0..rows, columns, left.to_vec(), right.to_vec(), vec![(r, scale)]);
     let change = Applied::sum(String::new(), vec![segment], size, None, false);
+    let bounded = absmax.iter().all(|scale| scale.abs() < 1e15);
     let rows_a_run = (CHUNK / columns / ROWS).max(1) * ROWS;
     for (run, out) in out.chunks_mut(rows_a_run * columns * to.size()).enumerate() {
         let (first, len) = (run * rows_a_run * columns, out.len() / to.size());
         let codes = Codes { packed: codes, scales: absmax, blocksize };
-        change.apply_on(isa, &Rows { codes, first, len }, to, out);
+        change.apply_on(isa, &Rows { codes, first, len }, bounded, to, out);
     }
 }
 

@@ -8,6 +8,9 @@ use super::Term;
 use crate::Result;
 use crate::safetensors::Tensor;
 
+/// Ranks that are summed at a time, and their sums then added.
+pub(super) const BLOCK: usize = 16;
+
 /// Floats that the kernels read at once.
 pub(super) const STRIP: usize = 32;
 
@@ -54,8 +57,8 @@ pub(super) struct Segment {
     pub(super) terms: Vec<(usize, f64)>,
     /// The scale of each rank.
     pub(super) scales: Vec<f64>,
-    /// The largest norm of a column of `right`.
-    pub(super) column_norm: f64,
+    /// Of each rank, the largest norm of a column of `right` from the start of the rank's [`BLOCK`] to it.
+    pub(super) reach: Vec<f64>,
 }
 
 impl Segment {
@@ -104,17 +107,21 @@ impl Segment {
         mut right: Vec<f32>,
         terms: Vec<(usize, f64)>,
     ) -> Self {
-        let mut squares = vec![0.0; columns];
-        for row in right.chunks_exact(columns) {
+        let mut squares = vec![0.0_f64; columns];
+        let reach = right.chunks_exact(columns).enumerate().map(|(rank, row)| {
+            if rank % BLOCK == 0 {
+                squares.fill(0.0);
+            }
             for (square, &value) in squares.iter_mut().zip(row) {
                 *square += f64::from(value) * f64::from(value);
             }
-        }
-        let column_norm = squares.into_iter().fold(0.0, f64::max).sqrt();
+            squares.iter().copied().fold(0.0, f64::max).sqrt()
+        });
+        let reach = reach.collect();
         let rank = right.len() / columns;
         right.resize(right.len() + STRIP, 0.0);
         let scales = terms.iter().flat_map(|&(r, scale)| vec![scale; r]).collect();
-        Self { rows, columns, rank, left, right, terms, scales, column_norm }
+        Self { rows, columns, rank, left, right, terms, scales, reach }
     }
 
     /// The left factors of a row of the weight.

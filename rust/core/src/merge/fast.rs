@@ -1,22 +1,23 @@
 //! Sums in f32 that are proven to round as the exact ones do, or are made anew.
 //!
-//! With `u = 2^-24`, rank `n` and `D` the norm of a row's scaled left factors times the largest norm of a column's right
-//! ones, which no change exceeds (Cauchy and Schwarz), nor does the sum of its terms' magnitudes, the exact sum is within
+//! The `n` ranks are summed in blocks of [`BLOCK`], and the blocks then added. With `u = 2^-24`, and `P[k]` a bound of the sum
+//! of magnitudes of a block's products up to rank `k`, the exact sum is within
 //!
 //! ```text
-//! E = 2u |v| + (n + 2) u D + 2^-148 (n + the sum of the column's magnitudes)
+//! E = 2u |v| + u (sum of P[k]) + u (n / BLOCK + 2) (sum of P[k] of the last ranks of blocks) + underflow
 //! ```
 //!
 //! of the f32 sum `v`: half a last place for adding weight and change, as much for `v - E` and `v + E` themselves, one
-//! rounding for each of the `n` fused products and for the scaled factors (Higham, "Accuracy and stability of numerical
-//! algorithms", chapter 3), and what underflows. Where both bounds round to the same 16 bits, so does the exact sum. About one
-//! value in 2,000 is in doubt and is computed in f64, by [`Segment::exact`]: so the results are those of f64 on every
+//! rounding for each fused product, for each sum of blocks and for the scaled factors (Higham, "Accuracy and stability of
+//! numerical algorithms", chapters 3 and 4). By Cauchy and Schwarz `P[k]` is the norm of the row's scaled left factors times
+//! the largest norm of a column's right ones. Where both bounds round to the same 16 bits, so does the exact sum. About one
+//! value in 3,000 is in doubt and is computed in f64, by [`Segment::exact`]: so the results are those of f64 on every
 //! processor, at the speed of f32.
 
 use std::cmp::Ordering;
 use std::ops::Range;
 
-use super::factors::{STRIP, Segment};
+use super::factors::{BLOCK, STRIP, Segment};
 use super::lanes::{Lanes, Work};
 use super::region::{Codes, Region, TILE, Values};
 use super::{lanes, round};
@@ -29,7 +30,7 @@ const RELATIVE: f32 = 1.01 / (1 << 23) as f32;
 /// Changes under this are bounded without overflow.
 const LARGE: f64 = 1e30;
 
-/// Weights whose squares add up to less are so too.
+/// Weights whose squares add up to less are so too: none is over 1e15.
 pub(super) const LARGE_SQUARES: f64 = 1e30;
 
 /// The rows of one segment, summed and rounded to 16 bits.
@@ -113,21 +114,27 @@ struct Group {
 impl Group {
     fn new(segment: &Segment, row: usize, rows: usize) -> Self {
         let mut group = Self { row, rows, left: vec![0.0; segment.rank * rows], bounds: vec![0.0; rows], large: false };
-        let rank = segment.rank as f64;
+        let (rank, blocks) = (segment.rank as f64, segment.rank.div_ceil(BLOCK) as f64);
         for index in 0..rows {
-            let (mut squares, mut zero) = (0.0, true);
-            for (column, (&factor, scale)) in segment.left_of(row + index).iter().zip(&segment.scales).enumerate() {
+            let factors = segment.left_of(row + index);
+            let (mut squares, mut products, mut totals, mut underflow) = (0.0, 0.0, 0.0, 0.0);
+            for (column, (&factor, scale)) in factors.iter().zip(&segment.scales).enumerate() {
                 let scaled = (scale * f64::from(factor)) as f32;
                 group.left[column * rows + index] = scaled;
-                squares += f64::from(scaled) * f64::from(scaled);
-                zero &= factor == 0.0;
+                let before = if column % BLOCK == 0 { 0.0 } else { squares };
+                squares = before + f64::from(scaled) * f64::from(scaled);
+                let reach = squares.sqrt() * segment.reach[column];
+                products += reach;
+                if column % BLOCK == BLOCK - 1 || column == segment.rank - 1 {
+                    totals += reach;
+                    underflow += segment.reach[column];
+                }
             }
-            let reach = squares.sqrt() * segment.column_norm;
-            let rounding = 1.01 * (rank + 2.0) * 2_f64.powi(-24) * reach;
-            let underflow = 2_f64.powi(-148) * (rank + rank.sqrt() * segment.column_norm);
-            if !zero {
+            if factors.iter().any(|&factor| factor != 0.0) {
+                let rounding = 1.01 * 2_f64.powi(-24) * (products + (blocks + 2.0) * totals);
+                let underflow = 2_f64.powi(-148) * (rank + blocks + BLOCK as f64 * underflow);
                 group.bounds[index] = (rounding + underflow) as f32;
-                group.large |= reach.partial_cmp(&LARGE) != Some(Ordering::Less);
+                group.large |= totals.partial_cmp(&LARGE) != Some(Ordering::Less);
             }
         }
         group
@@ -172,7 +179,7 @@ impl<W: Weights> Sum<'_, W> {
             let count = TILE.min(self.columns.end - start);
             for group in &groups {
                 match group.rows {
-                    _ if group.large => self.all_in_doubt(group, start, count),
+                    rows if group.large => self.sum_all_anew(group.row..group.row + rows, start, count),
                     rows if rows == ROWS => self.sum::<L, ROWS, BF16>(lanes, group, start, count),
                     4 => self.sum::<L, 4, BF16>(lanes, group, start, count),
                     _ => self.sum::<L, 1, BF16>(lanes, group, start, count),
@@ -181,60 +188,98 @@ impl<W: Weights> Sum<'_, W> {
         }
     }
 
+    /// Sum in f64 what no bound can be told for.
+    #[cold]
+    fn sum_all_anew(&mut self, rows: Range<usize>, start: usize, count: usize) {
+        for row in rows {
+            for column in start..start + count {
+                let at = row * self.segment.columns + column - self.first;
+                sum_anew(self.segment, self.weights, self.to, [row, column, at], 1, self.out);
+            }
+        }
+    }
+
     /// Sum `count` columns from `start` on of a group of `R` rows.
     #[inline(always)]
     fn sum<L: Lanes, const R: usize, const BF16: bool>(&mut self, lanes: L, group: &Group, start: usize, count: usize) {
-        let columns = self.segment.columns;
+        let whole = count / L::WIDTH * L::WIDTH;
+        for column in (start..start + whole).step_by(L::WIDTH) {
+            self.strip::<L, R, BF16, true>(lanes, group, column, L::WIDTH);
+        }
+        if whole < count {
+            self.strip::<L, R, BF16, false>(lanes, group, start + whole, count - whole);
+        }
+    }
+
+    /// Sum a strip of `count` columns, which is `WHOLE` if they are as many as there are lanes.
+    #[inline(always)]
+    fn strip<L: Lanes, const R: usize, const BF16: bool, const WHOLE: bool>(
+        &mut self,
+        lanes: L,
+        group: &Group,
+        column: usize,
+        count: usize,
+    ) {
+        let Self { segment, weights, first, to, .. } = *self;
+        let out = &mut *self.out;
         let bounds: &[f32; R] = group.bounds.as_slice().try_into().expect("as many rows");
-        for strip in (0..count).step_by(L::WIDTH) {
-            let mut sums = [lanes.splat(0.0); R];
-            let mut at = start + strip;
-            for left in group.left.as_chunks::<R>().0 {
-                let right = lanes.load(&self.segment.right[at..]);
-                each_row!(R, ROW, { sums[ROW] = lanes.mul_add(right, lanes.splat(left[ROW]), sums[ROW]) });
-                at += columns;
-            }
-            let mut doubts = [0; R];
-            let first = group.row * columns + start + strip - self.first;
-            let whole = count - strip >= L::WIDTH;
-            each_row!(R, ROW, {
-                let at = first + ROW * columns;
-                let value = lanes.add(self.weights.strip(lanes, at), sums[ROW]);
-                let bound = lanes.mul_add(lanes.abs(value), lanes.splat(RELATIVE), lanes.splat(bounds[ROW]));
-                let (low, high) = (lanes.sub(value, bound), lanes.add(value, bound));
-                if whole {
-                    doubts[ROW] = lanes.round::<BF16>(low, high, &mut self.out[at..]);
-                } else {
-                    let mut strip_out = [[0; 2]; STRIP];
-                    let left = count - strip;
-                    doubts[ROW] = lanes.round::<BF16>(low, high, &mut strip_out) & ((1 << left) - 1);
-                    self.out[at..][..left].copy_from_slice(&strip_out[..left]);
-                }
-            });
-            if doubts.iter().any(|&doubt| doubt != 0) {
-                for (row, mut doubt) in (group.row..).zip(doubts) {
-                    while doubt != 0 {
-                        self.doubt(row, start + strip + doubt.trailing_zeros() as usize);
-                        doubt &= doubt - 1;
-                    }
-                }
-            }
+        let left = group.left.as_chunks::<R>().0;
+        let (block, later) = left.split_at(BLOCK.min(left.len()));
+        let mut sums = products(lanes, block, &segment.right[column..], segment.columns);
+        for (block, rank) in later.chunks(BLOCK).zip((BLOCK..).step_by(BLOCK)) {
+            let right = &segment.right[rank * segment.columns + column..];
+            let products = products(lanes, block, right, segment.columns);
+            each_row!(R, ROW, { sums[ROW] = lanes.add(sums[ROW], products[ROW]) });
         }
+        let at = group.row * segment.columns + column - first;
+        each_row!(R, ROW, {
+            let at = at + ROW * segment.columns;
+            let value = lanes.add(weights.strip(lanes, at), sums[ROW]);
+            let bound = lanes.mul_add(lanes.abs(value), lanes.splat(RELATIVE), lanes.splat(bounds[ROW]));
+            let (low, high) = (lanes.sub(value, bound), lanes.add(value, bound));
+            let doubt = if WHOLE {
+                lanes.bits(lanes.round::<BF16>(low, high, &mut out[at..]))
+            } else {
+                let mut strip = [[0; 2]; STRIP];
+                let doubt = lanes.bits(lanes.round::<BF16>(low, high, &mut strip));
+                out[at..][..count].copy_from_slice(&strip[..count]);
+                doubt & ((1 << count) - 1)
+            };
+            if doubt != 0 {
+                sum_anew(segment, weights, to, [group.row + ROW, column, at], doubt, out);
+            }
+        });
     }
+}
 
-    #[cold]
-    fn all_in_doubt(&mut self, group: &Group, start: usize, count: usize) {
-        for row in group.row..group.row + group.rows {
-            (start..start + count).for_each(|column| self.doubt(row, column));
-        }
+/// The products of a block of ranks, added up, with a strip of as many rows of right factors, `columns` apart.
+#[inline(always)]
+fn products<L: Lanes, const R: usize>(lanes: L, left: &[[f32; R]], right: &[f32], columns: usize) -> [L::Floats; R] {
+    let mut products = [lanes.splat(0.0); R];
+    let mut at = 0;
+    for left in left {
+        let right = lanes.load(&right[at..]);
+        each_row!(R, ROW, { products[ROW] = lanes.mul_add(right, lanes.splat(left[ROW]), products[ROW]) });
+        at += columns;
     }
+    products
+}
 
-    /// Make one value anew.
-    #[cold]
-    #[inline(never)]
-    fn doubt(&mut self, row: usize, column: usize) {
-        let at = row * self.segment.columns + column - self.first;
-        let exact = self.segment.exact(row, column, self.weights.one(at));
-        round::encode(self.to, &[exact], &mut [0.0], &mut self.out[at]);
+/// Sum in f64 what `bits` say of the values from a row and column on, of which the first is number `at`.
+#[cold]
+#[inline(never)]
+fn sum_anew(
+    segment: &Segment,
+    weights: impl Weights,
+    to: Float,
+    [row, column, at]: [usize; 3],
+    mut bits: u32,
+    out: &mut [[u8; 2]],
+) {
+    while bits != 0 {
+        let lane = bits.trailing_zeros() as usize;
+        let exact = segment.exact(row, column + lane, weights.one(at + lane));
+        round::encode(to, &[exact], &mut [0.0], &mut out[at + lane]);
+        bits &= bits - 1;
     }
 }
