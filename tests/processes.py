@@ -10,19 +10,23 @@ from typing import Any
 PRELOADED = ["peft", "qpack.loading.sharded", "transformers.trainer", "transformers.models.llama.modeling_llama"]
 
 
-def run_together(function: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
-    """Call ``function`` in ``size`` new processes and return the results by rank; gloo is theirs to join."""
+def run_together(function: Callable[..., Any], *arguments: Any, size: int = 2, on_gpus: bool = False) -> list[Any]:
+    """Call ``function`` in ``size`` new processes and return the results by rank; without GPUs they talk over gloo."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(size, mp_context=context, max_tasks_per_child=1) as pool:
-        ranks = [pool.submit(_as_rank, rank, size, port, function, arguments) for rank in range(size)]
+        ranks = [pool.submit(_as_rank, rank, size, port, on_gpus, function, arguments) for rank in range(size)]
         return [rank.result() for rank in ranks]
 
 
-def _as_rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _as_rank(
+    rank: int, size: int, port: int, on_gpus: bool, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
+    if not on_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

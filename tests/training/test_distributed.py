@@ -21,6 +21,8 @@ from qpack.errors import TrainingError
 from qpack.training import Event, StepLog, TrainReport, TrainSettings, train
 from qpack.training.distributed import Processes
 
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="compared with a run of one process, on a CPU")
+
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = TrainSettings(r=4, lora_dropout=0.0, lr=1e-3, max_steps=4, batch_size=2, grad_accum=2, save_steps=2)
 
@@ -50,6 +52,7 @@ def together(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     return first[0], first[1]
 
 
+@on_cpu
 def test_losses_are_those_of_one_process(
     together: tuple[TrainReport, list[float]], base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +70,7 @@ def test_losses_are_those_of_one_process(
         assert different < 0.02, name
 
 
+@on_cpu
 def test_half_of_the_base_in_each_gives_the_same_adapter(
     together: tuple[TrainReport, list[float]], base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +88,7 @@ def test_half_of_the_base_in_each_gives_the_same_adapter(
     assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == (report.output / WEIGHTS).read_bytes()
 
 
+@on_cpu
 def test_killed_and_resumed_it_is_the_same_adapter(
     together: tuple[TrainReport, list[float]], base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +112,16 @@ def test_experts_without_a_token(data: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, batch_size=1, grad_accum=1, max_steps=2)
     first, second = run_together(run, tmp_path / "packed", data, tmp_path / "adapter", settings)
     assert first[0].steps == second[0].steps == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_gpus_do_what_one_does(base: Path, data: Path, tmp_path: Path) -> None:
+    _, expected = run(base, data, tmp_path / "alone", replace(SETTINGS, batch_size=4))
+    for fsdp in (False, True):
+        settings = replace(SETTINGS, fsdp=fsdp)
+        (_, losses), _ = run_together(run, base, data, tmp_path / f"{fsdp}", settings, on_gpus=True)
+        assert losses == pytest.approx(expected, rel=1e-2)  # bfloat16 keeps 8 bits
 
 
 def refused(base: Path, data: Path, output: Path) -> str:

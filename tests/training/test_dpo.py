@@ -24,6 +24,8 @@ from qpack.training.dpo import collate_pairs, preference_losses, rewards
 from qpack.training.log_probs import give_log_probs, whole_log_probs
 from qpack.training.model import add_lora, load_base, load_tokenizer
 
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA kernels sum in no fixed order")
+
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = TrainSettings(method="dpo", r=4, lr=3e-3, max_steps=6, batch_size=4, save_steps=2, optim="adamw_torch")
 
@@ -187,6 +189,7 @@ def test_the_margin_rises(base: Path, preferences: Path, tmp_path: Path) -> None
     assert logs[-1].loss < 0.5
 
 
+@on_cpu
 def test_a_step_is_a_mean_over_pairs_however_it_is_cut(base: Path, preferences: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, max_steps=2, lora_dropout=0.0)
     whole = run(base, preferences, tmp_path / "whole", settings)
@@ -194,11 +197,13 @@ def test_a_step_is_a_mean_over_pairs_however_it_is_cut(base: Path, preferences: 
     assert [log.loss for log in parts] == pytest.approx([log.loss for log in whole], abs=2e-3)
     assert parts[1].rewards and whole[1].rewards
     assert parts[1].rewards.margin == pytest.approx(whole[1].rewards.margin, abs=2e-2)
-    (together, _) = run_together(run, base, preferences, tmp_path / "together", replace(settings, batch_size=2))
+    halves = replace(settings, batch_size=2, fsdp=True)
+    (together, _) = run_together(run, base, preferences, tmp_path / "together", halves)
     assert [log.loss for log in together] == pytest.approx([log.loss for log in whole], abs=2e-3)
     assert together[1].rewards.margin == pytest.approx(whole[1].rewards.margin, abs=2e-2)
 
 
+@on_cpu
 def test_killed_and_resumed_it_is_the_same_adapter(base: Path, preferences: Path, tmp_path: Path) -> None:
     kill(base, preferences, tmp_path / "killed", SETTINGS, step=3, delay=0)
     assert finish(base, preferences, tmp_path / "killed", SETTINGS) == 2
