@@ -21,7 +21,6 @@ pub(super) struct Avx2;
 
 impl Lanes for Avx2 {
     type Floats = [__m256; 2];
-    type Mask = u32;
     const WIDTH: usize = 16;
 
     #[inline(always)]
@@ -103,11 +102,6 @@ impl Lanes for Avx2 {
             let (first, second) = (same_upper_256(first), same_upper_256(second));
             !(first | second << 8).cast_unsigned() & 0xffff
         }
-    }
-
-    #[inline(always)]
-    fn bits(self, mask: u32) -> u32 {
-        mask
     }
 }
 

@@ -4,13 +4,13 @@
 
 use std::arch::x86_64::{
     __m128i, __m512, __m512i, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_loadl_epi64, _mm256_cmpneq_epi16_mask,
-    _mm256_storeu_si256, _mm512_abs_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_cvtepu8_epi64,
-    _mm512_cvtps_ph, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_permutex2var_epi16, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi64,
-    _mm512_srli_epi64, _mm512_storeu_si512, _mm512_sub_ps, _mm512_test_epi32_mask, _mm512_xor_si512,
+    _mm256_storeu_si256, _mm512_abs_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_cmpneq_epi16_mask,
+    _mm512_cvtepu8_epi64, _mm512_cvtps_ph, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
+    _mm512_or_si512, _mm512_permutex2var_epi16, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_slli_epi64, _mm512_srli_epi64, _mm512_storeu_si512, _mm512_sub_ps,
 };
 
-use super::lanes::{HALF, KEPT, Lanes};
+use super::lanes::{HALF, Lanes};
 use crate::nf4::LEVELS;
 
 const ROUNDED: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -32,7 +32,6 @@ static UPPER: [u16; 32] = {
 
 impl Lanes for Avx512 {
     type Floats = [__m512; 2];
-    type Mask = [u16; 2];
     const WIDTH: usize = 32;
 
     #[inline(always)]
@@ -86,7 +85,7 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn round<const BF16: bool>(self, low: [__m512; 2], high: [__m512; 2], out: &mut [[u8; 2]]) -> [u16; 2] {
+    fn round<const BF16: bool>(self, low: [__m512; 2], high: [__m512; 2], out: &mut [[u8; 2]]) -> u32 {
         let out = out[..32].as_mut_ptr();
         // SAFETY: see `load`; `out` has 64 bytes.
         unsafe {
@@ -96,22 +95,21 @@ impl Lanes for Avx512 {
                 _mm256_storeu_si256(out.add(16).cast(), second);
                 let first = _mm256_cmpneq_epi16_mask(first, _mm512_cvtps_ph::<ROUNDED>(high[0]));
                 let second = _mm256_cmpneq_epi16_mask(second, _mm512_cvtps_ph::<ROUNDED>(high[1]));
-                return [first, second];
+                return u32::from(first) | u32::from(second) << 16;
             }
-            let (first, second) = (half_up_512(low[0]), half_up_512(low[1]));
-            let upper = _mm512_loadu_si512(UPPER.as_ptr().cast());
-            _mm512_storeu_si512(out.cast(), _mm512_permutex2var_epi16(first, upper, second));
-            let (first, second) =
-                (_mm512_xor_si512(first, half_up_512(high[0])), _mm512_xor_si512(second, half_up_512(high[1])));
-            let kept = _mm512_set1_epi32(KEPT);
-            [_mm512_test_epi32_mask(first, kept), _mm512_test_epi32_mask(second, kept)]
+            let low = upper_512(half_up_512(low[0]), half_up_512(low[1]));
+            let high = upper_512(half_up_512(high[0]), half_up_512(high[1]));
+            _mm512_storeu_si512(out.cast(), low);
+            _mm512_cmpneq_epi16_mask(low, high)
         }
     }
+}
 
-    #[inline(always)]
-    fn bits(self, [first, second]: [u16; 2]) -> u32 {
-        u32::from(first) | u32::from(second) << 16
-    }
+/// The upper halves of two times 16 numbers.
+#[inline(always)]
+unsafe fn upper_512(first: __m512i, second: __m512i) -> __m512i {
+    // SAFETY: the processor has AVX-512; there are 32 words.
+    unsafe { _mm512_permutex2var_epi16(first, _mm512_loadu_si512(UPPER.as_ptr().cast()), second) }
 }
 
 /// The codes of eight bytes, each high half first, in the low bits of 16 numbers.

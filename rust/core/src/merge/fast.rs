@@ -238,10 +238,10 @@ impl<W: Weights> Sum<'_, W> {
             let bound = lanes.mul_add(lanes.abs(value), lanes.splat(RELATIVE), lanes.splat(bounds[ROW]));
             let (low, high) = (lanes.sub(value, bound), lanes.add(value, bound));
             let doubt = if WHOLE {
-                lanes.bits(lanes.round::<BF16>(low, high, &mut out[at..]))
+                lanes.round::<BF16>(low, high, &mut out[at..])
             } else {
                 let mut strip = [[0; 2]; STRIP];
-                let doubt = lanes.bits(lanes.round::<BF16>(low, high, &mut strip));
+                let doubt = lanes.round::<BF16>(low, high, &mut strip);
                 out[at..][..count].copy_from_slice(&strip[..count]);
                 doubt & ((1 << count) - 1)
             };

@@ -21,7 +21,6 @@ pub(super) const KEPT: i32 = 0xffff_0000_u32.cast_signed();
 /// A strip of each instruction set: `WIDTH` floats.
 pub(super) trait Lanes: Copy {
     type Floats: Copy;
-    type Mask: Copy;
     const WIDTH: usize;
 
     /// Of the first `WIDTH` of `values`.
@@ -38,11 +37,8 @@ pub(super) trait Lanes: Copy {
     fn levels(self, codes: &[u8], scale: f32) -> Self::Floats;
 
     /// Write the values that lie strictly between `low` and `high` to `out`, rounded to bfloat16 or else to f16, and return
-    /// which of them are in doubt. All bounds are finite.
-    fn round<const BF16: bool>(self, low: Self::Floats, high: Self::Floats, out: &mut [[u8; 2]]) -> Self::Mask;
-
-    /// One bit a value.
-    fn bits(self, mask: Self::Mask) -> u32;
+    /// which of them are in doubt, one bit a value. All bounds are finite.
+    fn round<const BF16: bool>(self, low: Self::Floats, high: Self::Floats, out: &mut [[u8; 2]]) -> u32;
 }
 
 /// A computation that is compiled for each instruction set. `run` must be `#[inline(always)]`.
