@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qpack.adapters.adapter import Adapter
     from qpack.checkpoint import Checkpoint
     from qpack.conversion import ConvertOptions, ConvertReport, DryRun, convert, plan_conversion
+    from qpack.data.survey import Survey, survey
     from qpack.inspection import Inspection, inspect
     from qpack.loading.model import load
     from qpack.merging.merging import MergeReport, merge
@@ -40,6 +41,7 @@ _HOMES = {
     "Inspection": "qpack.inspection",
     "MergeReport": "qpack.merging.merging",
     "QuantizedWeight": "qpack.quantization",
+    "Survey": "qpack.data.survey",
     "TrainReport": "qpack.training",
     "TrainSettings": "qpack.training",
     "Verification": "qpack.verification",
@@ -50,6 +52,7 @@ _HOMES = {
     "merge": "qpack.merging.merging",
     "plan_conversion": "qpack.conversion",
     "quantize": "qpack.quantization",
+    "survey": "qpack.data.survey",
     "train": "qpack.training",
     "verify": "qpack.verification",
 }
@@ -71,6 +74,7 @@ __all__ = [
     "QpackError",
     "QuantizedWeight",
     "ServeError",
+    "Survey",
     "TrainReport",
     "TrainSettings",
     "TrainingError",
@@ -83,6 +87,7 @@ __all__ = [
     "merge",
     "plan_conversion",
     "quantize",
+    "survey",
     "train",
     "verify",
 ]

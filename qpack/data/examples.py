@@ -70,6 +70,11 @@ class Examples(Sequence[Example]):
         each = [self._learned.count(1, start, end) for start, end in pairwise(self._ends)]
         return [each[index] for index in self._order]
 
+    @property
+    def duplicates(self) -> int:
+        """Sequences whose tokens all stand in an earlier one, repetition by weight not counted."""
+        return len(self._origins) - len({self._ids[start:end].tobytes() for start, end in pairwise(self._ends)})
+
     def digest(self) -> str:
         """SHA-256 of all tokens and labels in their order, in hexadecimal."""
         digest = hashlib.sha256()
