@@ -117,9 +117,10 @@ def encode_preferences(
         found = iter(encoder.sequences([side for row, _ in batch for side in _sides(row)]))
         for (row, times), chosen, rejected in zip(batch, found, found, strict=True):
             try:
-                encoder.add(
-                    [_one(chosen, row.origin, "chosen"), _one(rejected, row.origin, "rejected")], row.origin, times
-                )
+                pair = [_one(chosen, row.origin, "chosen"), _one(rejected, row.origin, "rejected")]
+                if pair[0].ids == pair[1].ids:
+                    raise BadRow(row.origin, f"chosen and rejected are the same within max_length {max_length}")
+                encoder.add(pair, row.origin, times)
             except BadRow as error:
                 encoder.refuse(error)
     return encoder.dataset(rows, Preferences(encoder.examples))

@@ -9,9 +9,21 @@ from typing import Any
 import pytest
 import torch
 from tiny import write_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qpack.data import IGNORED, Conversation, DataOptions, Dataset, Document, Example, Rows, encode
+from qpack.data import (
+    IGNORED,
+    Comparison,
+    Conversation,
+    DataOptions,
+    Dataset,
+    Document,
+    Example,
+    Rows,
+    encode,
+    encode_preferences,
+)
 from qpack.data.rows import Message
 from qpack.errors import DataError
 from qpack.training.batches import collate
@@ -204,3 +216,85 @@ def test_padding_is_masked_and_eos_is_not() -> None:
     assert torch.equal(batch["input_ids"], torch.tensor([[5, 0, 0], [6, 7, 0]]))
     assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 0], [1, 1, 1]]))
     assert torch.equal(batch["labels"], torch.tensor([[IGNORED, 0, IGNORED], [6, 7, 0]]))
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int = 4096) -> Dataset[Example]:
+    rows: Rows[Conversation | Document] = Rows([Document("a.txt", text)], [1])
+    return encode(rows, tokenizer, Path(), DataOptions(), max_length)
+
+
+def test_text_is_learned_whole_with_one_bos_and_an_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    (bare,) = encode_text(tokenizer, "ab").examples
+    assert bare["input_ids"] == [tokenizer.convert_tokens_to_ids("a"), tokenizer.convert_tokens_to_ids("b"), eos]
+    backend: Any = tokenizer
+    backend._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    for text in ("ab", "<|im_start|>ab", "<|im_start|>ab<|im_end|>"):
+        (example,) = encode_text(tokenizer, text).examples
+        assert example["input_ids"] == [bos, *bare["input_ids"]]
+        assert example["labels"] == [IGNORED, *bare["input_ids"]]
+
+
+@pytest.mark.parametrize(("length", "windows"), [(7, [8]), (8, [8, 2]), (14, [8, 8]), (15, [8, 8, 2])])
+def test_long_text_is_cut_into_windows(tokenizer: PreTrainedTokenizerBase, length: int, windows: list[int]) -> None:
+    """Every token but the first is predicted once; ``length`` is without the EOS."""
+    encoded = encode_text(tokenizer, "x" * length, max_length=8)
+    assert [len(example["input_ids"]) for example in encoded.examples] == windows
+    predicted = [label for example in encoded.examples for label in example["labels"] if label != IGNORED]
+    assert len(predicted) == length
+    assert predicted[-1] == tokenizer.eos_token_id
+    assert encoded.windows == (len(windows) if len(windows) > 1 else 0)
+
+
+def test_eos_is_learned_where_it_is_the_pad_token_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+    examples = [
+        encode_one(tokenizer, tmp_path, TURNS[:2]).examples[0],
+        encode_one(tokenizer, tmp_path, TURNS).examples[0],
+    ]
+    batch = collate(examples)
+    assert (batch["labels"] == tokenizer.eos_token_id).sum() == 3
+    assert batch["attention_mask"].sum(1).tolist() == [len(example["input_ids"]) for example in examples]
+
+
+def test_what_is_cut_off_gets_no_eos(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    length = len(encode_one(tokenizer, tmp_path, TURNS[:2]).examples[0]["input_ids"])
+    (example,) = encode_one(tokenizer, tmp_path, TURNS[:2], max_length=length - 1).examples
+    assert learned(tokenizer, example) == ["ein\n"]
+
+
+def test_all_of_a_conversation_is_learned_if_asked(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (example,) = encode_one(tokenizer, tmp_path, TURNS, options=DataOptions(loss="all")).examples
+    assert example["labels"] == [IGNORED, *example["input_ids"][1:]]
+
+
+def test_weight_repeats_the_examples(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows: Rows[Conversation | Document] = Rows([Document("a:1", "a"), Document("a:2", "b")], [2, 1])
+    encoded = encode(rows, tokenizer, tmp_path, DataOptions(), 8)
+    assert [example["origin"] for example in encoded.examples] == ["a:1", "a:1", "a:2"]
+
+
+def test_row_that_cannot_be_encoded_is_skipped(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    bad = [TURNS[0], {"role": "assistant", "content": "<|im_end|>"}]
+    rows: Rows[Conversation | Document] = Rows(
+        [Conversation("a:1", bad, [1]), Conversation("a:2", TURNS, [1, 3])], [1, 1]
+    )
+    encoded = encode(rows, tokenizer, tmp_path, DataOptions(on_bad_row="skip"), 4096)
+    assert [example["origin"] for example in encoded.examples] == ["a:2"]
+    assert [str(row) for row in encoded.skipped] == ["a:1: messages[1]: holds the end token '<|im_end|>' itself"]
+
+
+def test_preference_shares_its_prompt(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    row = Comparison("a:1", TURNS[:1], [TURNS[1]], [TURNS[3]])
+    encoded = encode_preferences(Rows([row], [1]), tokenizer, tmp_path, DataOptions(), 4096)
+    (pair,) = encoded.examples
+    assert learned(tokenizer, pair["chosen"]) == ["ein\n<|im_end|>"]
+    assert learned(tokenizer, pair["rejected"]) == [" zwei ü<|im_end|>"]
+    with pytest.raises(DataError, match=r"^loss: expected 'assistant' for preferences"):
+        encode_preferences(Rows([row], [1]), tokenizer, tmp_path, DataOptions(loss="all"), 4096)
+    length = len(pair["chosen"]["input_ids"])
+    alike = Comparison("a:1", TURNS[:1], [TURNS[1]], [{"role": "assistant", "content": "ein\nund"}])
+    with pytest.raises(DataError, match=r"^a:1: chosen and rejected are the same within max_length \d+$"):
+        encode_preferences(Rows([alike], [1]), tokenizer, tmp_path, DataOptions(), length - 1)

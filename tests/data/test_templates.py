@@ -34,8 +34,8 @@ IMAGES = ("idefics3", "llava_next", "smolvlm")
 
 FAMILIES = sorted(path.name.removesuffix("_training.jinja") for path in TEMPLATES.glob("*_training.jinja"))
 
-ASK = {"role": "user", "content": "one?"}
-ANSWER = {"role": "assistant", "content": "ein"}
+ASK: Message = {"role": "user", "content": "one?"}
+ANSWER: Message = {"role": "assistant", "content": "ein"}
 
 
 @pytest.fixture
@@ -98,12 +98,15 @@ def test_own_marks_are_obeyed_and_the_end_is_learned(tokenizer: PreTrainedTokeni
     assert learned(tokenizer, example) == "ein<|im_end|>ein<|im_end|>"
 
 
-CALL = {
+CALL: Message = {
     "role": "assistant",
     "content": None,
     "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}],
 }
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def test_tools_and_their_calls_are_learned(tokenizer: PreTrainedTokenizerBase) -> None:
