@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qpack.data.survey import Survey, survey
     from qpack.inspection import Inspection, inspect
     from qpack.loading.model import load
-    from qpack.merging.merging import MergeReport, merge
+    from qpack.merging.merging import MergePlan, MergeReport, merge, plan_merge
     from qpack.quantization import QuantizedWeight, dequantize, quantize
     from qpack.training import TrainReport, TrainSettings, train
     from qpack.verification import Verification, verify
@@ -39,6 +39,7 @@ _HOMES = {
     "ConvertReport": "qpack.conversion",
     "DryRun": "qpack.conversion",
     "Inspection": "qpack.inspection",
+    "MergePlan": "qpack.merging.merging",
     "MergeReport": "qpack.merging.merging",
     "QuantizedWeight": "qpack.quantization",
     "Survey": "qpack.data.survey",
@@ -51,6 +52,7 @@ _HOMES = {
     "load": "qpack.loading.model",
     "merge": "qpack.merging.merging",
     "plan_conversion": "qpack.conversion",
+    "plan_merge": "qpack.merging.merging",
     "quantize": "qpack.quantization",
     "survey": "qpack.data.survey",
     "train": "qpack.training",
@@ -69,6 +71,7 @@ __all__ = [
     "DryRun",
     "HubError",
     "Inspection",
+    "MergePlan",
     "MergeReport",
     "OutputExistsError",
     "QpackError",
@@ -86,6 +89,7 @@ __all__ = [
     "load",
     "merge",
     "plan_conversion",
+    "plan_merge",
     "quantize",
     "survey",
     "train",

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from qpack.adapters.adapter import CONFIG_NAME, Adapter
 from qpack.adapters.record import check_base
+from qpack.adapters.trained import changes
 from qpack.errors import ServeError
 from qpack.loading.base import require_packed
 
@@ -59,7 +60,8 @@ class ServeConfig:
         checkpoint = require_packed(base)
         opened = [Adapter.open(path) for path in adapters.values()]
         for adapter in opened:
-            adapter.check_base(checkpoint)
+            adapter.require_plain()
+            changes(adapter, checkpoint, ())
         check_base((adapter.path for adapter in opened), checkpoint, force=self.force)
 
         fill = object.__setattr__  # the way of a frozen dataclass to hold what its checks have worked out

@@ -23,6 +23,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import qpack
 from qpack import AdapterError, CheckpointError, TrainSettings
+from qpack.adapters.trained import changes
 from qpack.loading.experts import Experts, Projections
 from qpack.loading.names import Names
 from qpack.training.model import add_lora
@@ -333,8 +334,8 @@ def test_qpack_train_adapts_experts(checkpoints: dict[str, Path], tmp_path: Path
     assert report.final_loss < report.first_loss
     # Under the names of the checkpoint, so that merge and vLLM find them; PEFT finds them too.
     adapter = qpack.Adapter.open(tmp_path / "adapter")
-    adapter.check_base(checkpoints["mixtral"])
-    assert sum(".block_sparse_moe.experts." in name for name in adapter.factors) == 2 * 4 * 3
+    changed = changes(adapter, qpack.Checkpoint.open(checkpoints["mixtral"]), ()).by_weight
+    assert sum(".block_sparse_moe.experts." in name for name in changed) == 2 * 4 * 3
     base = qpack.load(checkpoints["mixtral"], dtype=torch.float32)
     fresh = logits(base)
     model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
@@ -362,7 +363,9 @@ def test_experts_that_16_bit_checkpoints_hold_otherwise_are_not_merged(
     if not recorded:
         (base / "qpack.json").unlink()
     adapted(base, target_modules=["q_proj"]).save_pretrained(str(tmp_path / "adapter"))
-    message = r"base: model\.layers\.0\.mlp\.experts\.\d\.\w+\.weight is \(out_features, in_features\), but 16-bit"
+    message = (
+        r"base: model\.layers\.0\.mlp\.experts\.\d\.\w+\.weight is of one expert, but 16-bit checkpoints of gpt_oss"
+    )
     with pytest.raises(CheckpointError, match=message):
         qpack.merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

@@ -1,4 +1,4 @@
-"""What the README and docs/convert.md say is so: commands run, the tree is right, transcripts are what is printed."""
+"""What the README and the guides in docs say is so: commands run, the tree is right, transcripts are the output."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from qpack.demo import DemoReport
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONVERT = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+MERGE = (ROOT / "docs" / "merge.md").read_text(encoding="utf-8")
 
 
 def all_blocks(text: str) -> list[tuple[str, str]]:
@@ -131,6 +132,14 @@ def test_docs_convert_runs_from_top_to_bottom(workspace: Path) -> None:
     assert [line for line in printed if not line.startswith(machine)] == [
         line for line in expected if not line.startswith(machine)
     ]
+
+
+def test_docs_merge_runs_from_top_to_bottom(workspace: Path) -> None:
+    for language, block in all_blocks(MERGE):
+        assert language == "sh"
+        run_commands(block, workspace)
+    for name in ("merged", "merged-original", "merged-sum"):
+        assert "quantization_config" not in json.loads((workspace / name / "config.json").read_text())
 
 
 def test_links_lead_somewhere() -> None:

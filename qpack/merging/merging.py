@@ -1,35 +1,47 @@
-"""Merging an adapter into its base: a plain 16-bit checkpoint that any tool reads.
+"""Merging adapters into a model: a plain checkpoint that any tool reads.
 
-Each weight is ``round(dequantize(W) + scale * B @ A)``: the packed base that the adapter was trained on, changed in
-f32, rounded once. Never back to 4 bits, where most codes would round to what they were and lose the adapter.
+Each weight is what PEFT makes of it in f64, rounded once: of the packed base that the adapter was trained on, decoded
+(``onto`` the base: what was trained is what you get), or of the original that the base was packed from (``original``).
+Never back to 4 bits from a packed weight, where most codes would round to what they were and lose the adapter.
 
-Names and shapes stay those of the base. So a packed GPT-2 or gpt-oss is refused: 16-bit checkpoints of these hold their
-matrices transposed, and loaded from the packed ones' shapes the model would compute something else.
+Names and shapes are those of the checkpoint that is merged onto. Packed weights that 16-bit checkpoints of the family
+hold transposed (GPT-2) are written so. The experts of a packed gpt-oss, which 16-bit checkpoints hold in one tensor a
+layer, are refused: merge onto the original.
 """
 
+import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from qpack import _core
-from qpack.adapters.adapter import Adapter, Factors
-from qpack.adapters.changes import Change, LowRank, Stored, View
-from qpack.adapters.record import check_base
+from qpack.adapters.adapter import Adapter
+from qpack.adapters.changes import AnyChange, Change
+from qpack.adapters.record import check_base, check_original
+from qpack.adapters.trained import Changes, changes, input_embedding
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
 from qpack.errors import AdapterError, CheckpointError
 from qpack.inspection import Inspection, inspect
 from qpack.manifest import MANIFEST_NAME, Manifest
-from qpack.output import new_directory
-from qpack.policy.modules import OUTPUT_EMBEDDING, transposed_weights
+from qpack.merging.card import write_card
+from qpack.output import free_bytes, refuse_full_disk, refuse_inputs, resumable_directory
+from qpack.policy.encoded import read_sources
+from qpack.policy.modules import transposed_weights
 from qpack.policy.plan import Part, Recipe
+from qpack.policy.skipping import EXPERT
 from qpack.sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
+_FLOATS = ("BF16", "F16", "F32")
+
+Adapters: TypeAlias = Path | str | Sequence[tuple[Path | str, float]]
+"""One adapter, or several with their weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,99 +49,259 @@ class MergeReport:
     """What `merge` did."""
 
     merged: int
-    """Number of weights that the adapter changed."""
+    """Number of tensors that the adapters changed."""
+    changes: dict[str, tuple[float, float]]
+    """Frobenius norms of the change and of the weight before, by the name of each weight that low-rank changes met."""
+    resumed_bytes: int
+    """How many bytes of the source an interrupted run had dealt with."""
     result: Inspection
     """What the merged directory holds."""
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """What `merge` would do."""
+
+    merged: int
+    """Number of tensors that the adapters change."""
+    files: tuple[tuple[str, int], ...]
+    """Name and size of every weight file."""
+    free_bytes: int
+    """Room on the disk of the destination."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weight files."""
+        return sum(size for _, size in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """All that is known before the first byte."""
+
+    base: Checkpoint
+    onto: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...]
+    recipes: list[Recipe]
+    changes: Changes
+    dtype: str
+    max_shard_bytes: int
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The directories that are only read."""
+        return [self.base.directory, self.onto.directory, *(adapter.path for adapter, _ in self.adapters)]
+
+    def files(self) -> list[tuple[str, int]]:
+        return _core.plan_merge(
+            self.onto.shards,
+            self.recipes,
+            self.changes.by_weight,
+            quant_storage="uint8",
+            max_shard_bytes=self.max_shard_bytes,
+        )
+
+    def text(self) -> str:
+        """A text that changes with all that the output depends on, as `qpack.output.Work.begin` wants it."""
+        files = [*self.onto.shards, *(adapter.weights_path for adapter, _ in self.adapters)]
+        stats = {str(path.resolve()): path.stat() for path in files}
+        text = {
+            "version": _core.__version__,
+            "dtype": self.dtype,
+            "max_shard_bytes": self.max_shard_bytes,
+            "config": self.onto.config,
+            "adapters": [
+                [str(adapter.path.resolve()), dict(adapter.config), weight] for adapter, weight in self.adapters
+            ],
+            "files": {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()},
+        }
+        return json.dumps(text, sort_keys=True)
+
+
 def merge(
     base: Path | str,
-    adapter: Path | str,
+    adapters: Adapters,
     destination: Path | str,
     *,
+    original: Path | str | None = None,
     dtype: str = "bfloat16",
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
     force: bool = False,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> MergeReport:
-    """Write ``base`` with ``adapter`` merged in to the new directory ``destination``, as ``dtype``.
+    """Write ``base`` with ``adapters`` merged in to the new directory ``destination``, as ``dtype``.
 
-    The base may be packed or plain. ``force`` replaces what is at ``destination``, and takes an adapter that was
-    trained on another base. ``on_progress`` gets bytes of the base done and in all.
+    The base may be packed or plain; ``original`` is the checkpoint that it was packed from, to merge onto that instead.
+    Of several adapters the changes are added up, each times its weight (PEFT's ``cat``). ``force`` replaces what is at
+    ``destination``, and takes an adapter that was trained on another base. ``on_progress`` gets bytes of the source
+    done and in all. Interrupted, the same call goes on; the bytes written do not depend on that, nor on ``threads``.
 
     Raises:
-        CheckpointError: if the base is malformed, or has weights that 16-bit checkpoints of its family hold transposed.
-        AdapterError: if the adapter is malformed, of a kind that cannot be merged, or of another base.
+        CheckpointError: if the base or the original is malformed, or cannot be written as a plain checkpoint.
+        AdapterError: if an adapter is malformed, of a kind that cannot be merged, or of another base.
+        DiskFullError: if the disk has no room.
         OutputExistsError: if ``destination`` exists and ``force`` is not set, or is or holds an input.
         ValueError: for an illegal ``dtype`` or ``max_shard_size``.
     """
     start = time.monotonic()
     destination = Path(destination)
+    job = _prepare(base, adapters, original, dtype, max_shard_size, force=force)
+    with resumable_directory(destination, force=force, marker=CONFIG_NAME, inputs=job.inputs) as work:
+        refuse_full_disk(destination, sum(size for _, size in job.files()))
+        text = job.text()
+        work.begin(text)
+        written = _core.merge(
+            job.onto.shards,
+            work.directory,
+            job.recipes,
+            job.changes.by_weight,
+            mode="exact",
+            quant_storage="uint8",
+            inputs=text,
+            max_shard_bytes=job.max_shard_bytes,
+            threads=threads or 0,
+            on_progress=on_progress,
+        )
+        if original is not None:
+            for adapter, _ in job.adapters:
+                check_original(adapter.path, job.onto.directory, written.source_fingerprint, force=force)
+        copy_companions(job.onto.directory, work.directory)
+        write_config(work.directory, _config(job))
+        write_card(work.directory, job.base, job.onto, job.adapters, job.dtype)
+    return MergeReport(
+        merged=len(job.changes.by_weight),
+        changes=written.changes,
+        resumed_bytes=written.resumed_bytes,
+        result=inspect(destination),
+        seconds=time.monotonic() - start,
+    )
+
+
+def plan_merge(
+    base: Path | str,
+    adapters: Adapters,
+    destination: Path | str,
+    *,
+    original: Path | str | None = None,
+    dtype: str = "bfloat16",
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+) -> MergePlan:
+    """Do all that `merge` does before the first byte, write nothing, and say what it would do.
+
+    Raises:
+        AdapterError, CheckpointError, OutputExistsError, ValueError: as `merge`.
+    """
+    job = _prepare(base, adapters, original, dtype, max_shard_size, force=force)
+    refuse_inputs(Path(destination), job.inputs)
+    return MergePlan(len(job.changes.by_weight), tuple(job.files()), free_bytes(Path(destination)))
+
+
+def _prepare(
+    base: Path | str,
+    adapters: Adapters,
+    original: Path | str | None,
+    dtype: str,
+    max_shard_size: int | str,
+    *,
+    force: bool,
+) -> _Job:
+    """Open and check everything that can be checked without the weights' data."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     max_shard_bytes = parse_size(max_shard_size)
     checkpoint = Checkpoint.open(base)
-    opened = Adapter.open(adapter)
-    opened.check_base(checkpoint)
-    check_base([opened.path], checkpoint, force=force)
-    _refuse_tied_head(checkpoint, opened)
-    _refuse_transposed(checkpoint, opened)
-    for name, factors in opened.factors.items():
-        logger.debug("merge %s, rank %d, scale %g", name, factors.r, factors.scale)
-    inputs = [checkpoint.directory, opened.path]
-    with new_directory(destination, force=force, marker=CONFIG_NAME, inputs=inputs) as partial:
-        _core.merge(
-            checkpoint.shards,
-            partial,
-            _unpacked(checkpoint, dtype),
-            {name: _change(opened.weights_path, factors) for name, factors in opened.factors.items()},
-            mode="exact",
-            quant_storage="uint8",
-            inputs="",
-            max_shard_bytes=max_shard_bytes,
-            threads=threads or 0,
-            on_progress=on_progress,
-        )
-        copy_companions(checkpoint.directory, partial)
-        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        config.pop("torch_dtype", None)
-        write_config(partial, config | {"dtype": dtype})
-    return MergeReport(len(opened.factors), inspect(destination), time.monotonic() - start)
+    named = [(adapters, 1.0)] if isinstance(adapters, Path | str) else adapters
+    opened = tuple((Adapter.open(path), weight) for path, weight in named)
+    if not opened:
+        raise ValueError("no adapter is given, expected at least one")
+    onto = checkpoint if original is None else Checkpoint.open(original)
+    if original is not None and onto.packed:
+        raise CheckpointError(f"{onto.directory}: is packed, expected the checkpoint that the base was packed from")
+    check_base((adapter.path for adapter, _ in opened), checkpoint, force=force)
+    turned = _transposed(onto)
+    read_as = set(turned) - set(onto.packed)
+    found = [changes(adapter, onto, read_as, weight=weight) for adapter, weight in opened]
+    total = _sum(found, [adapter for adapter, _ in opened])
+    for name, change in total.by_weight.items():
+        logger.debug("merge %s: %s", name, type(change).__name__)
+    recipes = _recipes(onto, set(turned), dtype)
+    for name in total.by_weight.keys() - onto.weights.keys():  # an output embedding that was tied
+        recipes.append(Recipe(name, (Part(name, _input_shape(onto), dtype=dtype),)))
+    return _Job(checkpoint, onto, opened, recipes, total, dtype, max_shard_bytes)
 
 
-def _unpacked(checkpoint: Checkpoint, dtype: str) -> list[Recipe]:
-    """Every tensor as it is, floats in ``dtype``, packed weights unpacked."""
+def _input_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
+    name = input_embedding(checkpoint)
+    assert name is not None  # else nothing is tied
+    return checkpoint.weights[name]
+
+
+def _transposed(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The weights that 16-bit checkpoints of the model hold as (in_features, out_features)."""
+    recorded = (checkpoint.directory / MANIFEST_NAME).is_file()
+    found = Manifest.read(checkpoint.directory).transposed if recorded else transposed_weights(checkpoint)
+    for name in found:
+        if name in checkpoint.packed and EXPERT.fullmatch(name.rpartition(".")[0]):
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} is of one expert, but 16-bit checkpoints of "
+                f"{checkpoint.config.get('model_type')} have all of a layer in one tensor; "
+                "merge onto the original checkpoint instead"
+            )
+    return found
+
+
+def _recipes(checkpoint: Checkpoint, transposed: set[str], dtype: str) -> list[Recipe]:
+    """Every tensor as a plain checkpoint has it: packed and encoded weights decoded, floats in ``dtype``.
+
+    What a 16-bit model has in F32 stays so: its router's correction bias, for one.
+    """
+    half = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")) in ("bfloat16", "float16")
+    encoded = {source.stored: source for source in read_sources(checkpoint)} if not checkpoint.packed else {}
     recipes = []
     for name, shape in checkpoint.weights.items():
-        floats = name in checkpoint.packed or checkpoint.tensors[name].dtype in ("BF16", "F16", "F32")
-        recipes.append(Recipe(name, (Part(name, shape, dtype=dtype if floats else None),)))
+        if checkpoint.packed or name not in encoded:
+            scale, block = None, None
+            if encoded:
+                continue  # it only decodes another
+        else:
+            source = encoded[name]
+            shape, scale, block = source.shape, source.scale, source.block
+            if source.name != source.stored:
+                raise CheckpointError(f"{checkpoint.directory}: {name} is MXFP4, which is not merged onto")
+        if name in checkpoint.packed:
+            turn = name in transposed
+            part = Part(name, shape[::-1] if turn else shape, dtype=dtype, transpose=turn)
+        else:
+            stored = checkpoint.tensors[name].dtype
+            cast = scale is not None or (stored in _FLOATS and not (half and stored == "F32"))
+            part = Part(name, shape, dtype=dtype if cast else None)
+        recipes.append(Recipe(name, (part,), scale, block))
     return recipes
 
 
-def _change(file: Path, factors: Factors) -> Change:
-    """``scale * B @ A``."""
-    _, in_features = factors.shape
-    left, right = Stored(file, factors.b), Stored(file, factors.a)
-    term = LowRank(View(left, (factors.r, 1)), View(right, (in_features, 1)), factors.r, factors.scale)
-    return Change((term,))
+def _sum(found: list[Changes], adapters: list[Adapter]) -> Changes:
+    """The changes of all adapters at once: low-rank ones add up, of all others there can be one."""
+    total: dict[str, AnyChange] = {}
+    for one, adapter in zip(found, adapters, strict=True):
+        for name, change in one.by_weight.items():
+            other = total.get(name)
+            if other is None:
+                total[name] = change
+            elif isinstance(change, Change) and isinstance(other, Change) and not (change.magnitude or other.magnitude):
+                total[name] = Change(other.terms + change.terms, of=other.of)
+            else:
+                raise AdapterError(f"{adapter.path}: changes {name}, which another adapter changes too, not by a sum")
+    return Changes(total, untied=any(one.untied for one in found))
 
 
-def _refuse_transposed(checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """Refuse a base whose weights, packed or changed, would be read the wrong way round from a 16-bit checkpoint."""
-    recorded = (checkpoint.directory / MANIFEST_NAME).is_file()
-    found = Manifest.read(checkpoint.directory).transposed if recorded else transposed_weights(checkpoint)
-    if wrong := [name for name in found if name in checkpoint.packed or name in adapter.factors]:
-        raise CheckpointError(
-            f"{checkpoint.directory}: {wrong[0]} is (out_features, in_features), but 16-bit checkpoints of "
-            f"{checkpoint.config.get('model_type')} have it transposed, so that what is merged would be read wrongly; "
-            "load the base with qpack.load and the adapter with PEFT, or serve the two"
-        )
-
-
-def _refuse_tied_head(checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """Refuse a change of an output embedding that is also the input embedding: it would change both."""
-    name = f"{OUTPUT_EMBEDDING}.weight"
-    if name in adapter.factors and checkpoint.config.get("tie_word_embeddings"):
-        raise AdapterError(f"{adapter.path}: changes {name}, which the base {checkpoint.directory} ties to its input")
+def _config(job: _Job) -> dict[str, Any]:
+    """config.json of the result: no quantization, one dtype, and embeddings untied where they differ."""
+    config = {key: value for key, value in job.onto.config.items() if key != "quantization_config"}
+    config.pop("torch_dtype", None)
+    config["dtype"] = job.dtype
+    if job.changes.untied:
+        config["tie_word_embeddings"] = False
+    return config
