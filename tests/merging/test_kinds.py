@@ -233,3 +233,21 @@ def test_what_a_16_bit_model_keeps_in_f32_stays_so(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=["o_proj"])
     qpack.merge(base, adapter, tmp_path / "merged")
     assert torch.equal(tensors(tmp_path / "merged")[name], weights[name])
+
+
+def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", bases["untied"], target_modules="all-linear")
+    small: dict[str, Any] = {"max_shard_size": "500kB", "threads": 1}
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qpack.merge(bases["untied"], adapter, tmp_path / "merged", on_progress=interrupt, **small)
+    assert not (tmp_path / "merged").exists()
+    report = qpack.merge(bases["untied"], adapter, tmp_path / "merged", **small)
+    assert report.resumed_bytes > 0
+    qpack.merge(bases["untied"], adapter, tmp_path / "at-once", **small)
+    for path in (tmp_path / "at-once").iterdir():
+        assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
