@@ -36,6 +36,13 @@ def kill(base: Path, data: Path, output: Path, settings: TrainSettings, step: in
     assert process.exitcode == -signal.SIGKILL
 
 
+def contents(output: Path) -> dict[str, bytes]:
+    """What is in a directory that `qpack.train` wrote, but for what tells of seconds."""
+    return {
+        path.name: path.read_bytes() for path in output.iterdir() if path.name not in ("metrics.jsonl", "report.html")
+    }
+
+
 class _Killer:
     def __init__(self, step: int, delay: float) -> None:
         self.step, self.delay = step, delay

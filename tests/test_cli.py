@@ -141,7 +141,7 @@ def test_train_takes_flags_over_the_file_and_names_the_bad_line(packed: Path, tm
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     done = run(*arguments)
     assert "1 steps, " in done.stdout
-    assert "train: 1 steps of 1 steps" in done.stderr
+    assert "train: step 1 of 1, loss " in done.stderr
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert run(*arguments, "--r", 0, status=1).stderr == "error: r: expected at least 1, found 0\n"
 

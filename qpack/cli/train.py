@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 import qpack
-from qpack import terminal
 from qpack.cli.options import DIRECTORY, Command, force, verbosity
 
 
@@ -48,6 +47,7 @@ def _switch(flag: str, help: str) -> Callable[[Command], Command]:
 @_setting("--method", str, "sft: learn the answers; dpo: prefer one of two.")
 @_setting("--beta", float, "DPO: how dear it is to leave the base.")
 @_switch("--fsdp", "Of several processes each holds a part of the base.")
+@_setting("--samples", int, "Prompts that base and adapter answer for report.html.")
 @_setting("--seed", int, "Seed of initial adapter, data order and dropout.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings; flags take precedence.")
 @force
@@ -62,12 +62,13 @@ def train(
     """
     from qpack.training import TrainSettings, load_settings
     from qpack.training.distributed import Processes
+    from qpack.training.panel import panel
 
     given = {name: value for name, value in flags.items() if value is not None}
     settings = load_settings(config, **given) if config else TrainSettings(**given)
     first = Processes.launched().first
-    with terminal.progress("train", "steps", quiet=quiet or not first) as on_progress:
-        report = qpack.train(base, data, output, settings, force=force, on_progress=on_progress)
+    with panel(quiet=quiet or not first) as on_event:
+        report = qpack.train(base, data, output, settings, force=force, on_event=on_event)
     if not first:
         return
     loss = f"loss {report.first_loss:.3f} to {report.final_loss:.3f}"

@@ -41,6 +41,7 @@ from qpack.training.batches import Batch, Order, collate, cut
 from qpack.training.checkpoints import Checkpoints
 from qpack.training.compute import Compute
 from qpack.training.distributed import Processes
+from qpack.training.memory import peak_memory
 from qpack.training.model import require_float32_adapter
 from qpack.training.paging import page_again
 from qpack.training.report import BatchHalved, Event, Listener, Rewards, RunBegin, StepLog
@@ -266,14 +267,17 @@ class AdapterTrainer(Trainer):
             tokens = sum(self.processes.gathered(sum(batch.inputs["tokens"] for batch in self.passes)))
             self.state.num_input_tokens_seen += tokens
             logs["seconds"] = seconds
-            state = self.state
             step = StepLog(
-                state.global_step,
-                state.max_steps,
-                logs["loss"],
-                logs["learning_rate"],
-                tokens / seconds,
-                self.step_rewards(),
+                step=self.state.global_step,
+                total=self.state.max_steps,
+                loss=logs["loss"],
+                lr=logs["learning_rate"],
+                grad_norm=logs["grad_norm"],
+                tokens=tokens,
+                tokens_per_second=tokens / seconds,
+                seconds=seconds,
+                memory=peak_memory(self.args.device.type),
+                rewards=self.step_rewards(),
             )
             super().log(logs)
             self.tell(step)

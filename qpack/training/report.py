@@ -30,15 +30,20 @@ class Rewards:
 class StepLog:
     """One optimizer step.
 
-    ``loss`` is the mean over the step's learned tokens (DPO: over its pairs), ``lr`` the rate the step used, and
-    ``tokens_per_second`` counts the tokens of the batch without its padding. ``rewards`` are DPO's.
+    ``loss`` is the mean over the step's learned tokens (DPO: over its pairs), ``lr`` the rate the step used,
+    ``grad_norm`` the norm of the gradient before it was clipped, and ``tokens`` counts those of the batch without its
+    padding. ``memory`` is in bytes, the most that the run has taken so far. ``rewards`` are DPO's.
     """
 
     step: int
     total: int
     loss: float
     lr: float
+    grad_norm: float
+    tokens: int
     tokens_per_second: float
+    seconds: float
+    memory: int
     rewards: Rewards | None = None
 
 
@@ -62,6 +67,19 @@ class BatchHalved:
     grad_accum: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt of the data with its answers, as text; special tokens are shown."""
+
+    prompt: str
+    expected: str
+    """What the data answers."""
+    before: str
+    """What the base answers."""
+    after: str
+    """What the base answers with the adapter."""
+
+
 Event = RunBegin | StepLog | EvalLog | BatchHalved
 Listener = Callable[[Event], None]
 
@@ -75,7 +93,7 @@ class TrainReport:
     ``seconds`` covers the steps alone, not loading, saving or evaluating. Counts, losses and seconds are those of the
     whole run, the part before an interruption included; ``resumed_step`` is where this call went on. ``optimizer`` and
     ``compute_dtype`` are those that were used. With data held out, the adapter is that of ``best_step``, whose loss on
-    that data is ``best_eval_loss``.
+    that data is ``best_eval_loss``. ``peak_memory`` is in bytes, of this process.
     """
 
     output: Path
@@ -90,6 +108,7 @@ class TrainReport:
     tokens_per_second: float
     compute_dtype: str
     optimizer: str
+    peak_memory: int
     resumed_step: int
     best_step: int | None
     best_eval_loss: float | None

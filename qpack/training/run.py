@@ -21,7 +21,8 @@ from qpack.errors import TrainingError
 from qpack.loading.base import require_packed
 from qpack.output import resumable_directory
 from qpack.training.distributed import Processes
-from qpack.training.report import Event, Listener, RunBegin, StepLog, TrainReport
+from qpack.training.metrics import METRICS_NAME, recording
+from qpack.training.report import Event, Listener, RunBegin, Sample, StepLog, TrainReport
 from qpack.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,14 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("qpack", "torch", "transformers", "peft", "bitsandbytes")
 """Whose versions an adapter depends on and its record holds: the arithmetic is theirs."""
 
-WITHOUT_EFFECT = ("save_steps", "keep", "fsdp")
+WITHOUT_EFFECT = ("save_steps", "keep", "fsdp", "samples")
 """Settings that leave the adapter as it is."""
 
 CHECKPOINTS_NAME = ".checkpoints"
 """In the directory that the work goes on in; not published."""
+
+RECORDED = ("steps", "tokens", "trainable_parameters", "first_loss", "final_loss")
+"""What the record holds of the report: nothing that another run of the same input would give otherwise."""
 
 FINAL_STEPS = 10
 """How many steps the report's final loss is the mean of: single batches differ too much."""
@@ -52,8 +56,8 @@ def train(
     """Train a LoRA adapter for a packed base on conversations and texts.
 
     The output directory holds what PEFT and vLLM load: adapter_config.json, adapter_model.safetensors (float32), the
-    tokenizer with its chat template, and qpack_adapter.json, which says what it was trained on. It appears when
-    training has succeeded, and not otherwise.
+    tokenizer with its chat template, and qpack_adapter.json, which says what it was trained on; beside them
+    metrics.jsonl and report.html tell of the run. It appears when training has succeeded, and not otherwise.
 
     A run that was interrupted, or stopped for want of memory or of a finite loss, leaves its checkpoints beside the
     output, and the same call goes on from the last of them. On a CPU the adapter is then, to the bit, that of a run
@@ -110,10 +114,13 @@ def _train(
             from transformers import set_seed
 
             from qpack.loading.adapters import save_adapter
+            from qpack.reports.training import REPORT_NAME, Run, page
             from qpack.training.compute import choose_compute
             from qpack.training.dpo import PreferenceTrainer
             from qpack.training.loop import AdapterTrainer, fit, optimizer_for
+            from qpack.training.memory import peak_memory
             from qpack.training.model import add_lora, load_base, load_tokenizer
+            from qpack.training.samples import draw_samples
 
             tokenizer = load_tokenizer(base)
             encoding: Any = encode_preferences if dpo else encode
@@ -132,16 +139,22 @@ def _train(
                 metrics={},
             )
             processes.once(lambda: work.begin(_inputs(record, processes)))
-            steps = fit(
-                model,
-                dataset.examples,
-                settings,
-                compute,
-                trainer_class=PreferenceTrainer if dpo else AdapterTrainer,
-                directory=work.directory / CHECKPOINTS_NAME,
-                processes=processes,
-                listeners=listeners if processes.first else (),
-            )
+            checkpoints = work.directory / CHECKPOINTS_NAME
+            with recording(work.directory / METRICS_NAME, checkpoints) as metrics:
+                steps = fit(
+                    model,
+                    dataset.examples,
+                    settings,
+                    compute,
+                    trainer_class=PreferenceTrainer if dpo else AdapterTrainer,
+                    directory=checkpoints,
+                    processes=processes,
+                    listeners=[metrics, *listeners] if processes.first else (),
+                )
+            samples: tuple[Sample, ...] = ()
+            if processes.first or settings.fsdp:  # no process has a sharded base for itself
+                answers = [example["chosen"] for example in dataset.examples] if dpo else dataset.examples
+                samples = draw_samples(model, tokenizer, answers, settings.samples)
             if processes.first:
                 save_adapter(model, work.directory)
                 tokenizer.chat_template = dataset.template or tokenizer.chat_template
@@ -159,13 +172,16 @@ def _train(
             tokens_per_second=steps.tokens / steps.seconds,
             compute_dtype=compute.dtype_name,
             optimizer=optimizer_for(settings, compute),
+            peak_memory=peak_memory(compute.device),
             resumed_step=steps.resumed,
             best_step=steps.best,
             best_eval_loss=steps.best_loss,
         )
-        metrics = ("steps", "tokens", "trainable_parameters", "first_loss", "final_loss")
         if processes.first:
-            replace(record, metrics={name: getattr(report, name) for name in metrics}).write(work.directory)
+            record = replace(record, metrics={name: getattr(report, name) for name in RECORDED})
+            record.write(work.directory)
+            shown = page(Run(report, record, metrics.rows(), samples))
+            (work.directory / REPORT_NAME).write_text(shown, encoding="utf-8")
     return report
 
 

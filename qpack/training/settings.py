@@ -51,6 +51,7 @@ class TrainSettings:
         method: ``sft``: learn the answers as they stand; ``dpo``: prefer one of two.
         beta: how dear it is to DPO to leave the base: a reward is ``beta`` times a log-probability gained over it.
         fsdp: of several processes each holds a part of the base, not all of it.
+        samples: prompts of the data that base and adapter answer when training is done, for report.html.
         seed: decides the initial adapter, the order of the data and the dropout.
     """
 
@@ -76,6 +77,7 @@ class TrainSettings:
     method: str = "sft"
     beta: float = 0.1
     fsdp: bool = False
+    samples: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +87,7 @@ class TrainSettings:
         _require_integer("max_length", self.max_length, minimum=2)  # one token to read, one to predict
         _require_integer("warmup_steps", self.warmup_steps, minimum=0)
         _require_integer("seed", self.seed, minimum=0)
+        _require_integer("samples", self.samples, minimum=0)
         for name in ("max_steps", "save_steps"):
             if getattr(self, name) is not None:
                 _require_integer(name, getattr(self, name), minimum=1)

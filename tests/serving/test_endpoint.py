@@ -89,6 +89,7 @@ class ServerProcess:
         for name, path in adapters.items():
             command += ["--adapter", f"{name}={path}"]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB: plenty here, and seconds sooner
+        environment.pop("VLLM_LOGGING_LEVEL", None)  # TRL sets it for all of a process that imports it
         with log.open("wb") as stream:
             self._process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
 

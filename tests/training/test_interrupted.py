@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import finish, kill
+from runs import contents, finish, kill
 
 from qpack.training import TrainSettings
 
@@ -37,6 +37,5 @@ def test_killed_and_resumed_it_is_the_same_adapter(
     kill(base, data, tmp_path / "resumed", settings, second, delay=moments.uniform(0, 0.02))
     assert not (tmp_path / "resumed").exists()
     assert finish(base, data, tmp_path / "resumed", settings) >= first - 2
-    contents = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "resumed").iterdir()} == contents
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]

@@ -12,10 +12,9 @@ from pathlib import Path
 from qpack.errors import OutputExistsError
 from qpack.inspection import Inspection
 from qpack.reports.page.chart import Chart, chart
+from qpack.reports.page.document import document, pairs, section, table, tiles
 from qpack.reports.text import HEADINGS, NUMERIC, percent, row, summary, total
 from qpack.sizes import format_size
-
-_STYLE = Path(__file__).with_name("style.css")
 
 
 def write(inspection: Inspection, path: Path, *, force: bool) -> None:
@@ -48,44 +47,27 @@ def page(inspection: Inspection) -> str:
     sections = [_tiles(inspection), _storage(inspection), _kinds(inspection)]
     sections.append(_errors(drawing) if drawing else _NO_ERRORS)
     sections.append(_provenance(inspection))
-    body = "\n".join(sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(name)}: what the checkpoint holds</title>
-<style>
-{_STYLE.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<a class="skip" href="#kinds">Skip to the table</a>
-<header>
-<p class="eyebrow">{escape(inspection.model_type)} checkpoint</p>
-<h1>{escape(name)}</h1>
-</header>
-<main>
-{body}
-</main>
-<footer><p>Written by qpack inspect. This page needs no network.</p></footer>
-</body>
-</html>
-"""
+    return document(
+        title=f"{name}: what the checkpoint holds",
+        eyebrow=f"{inspection.model_type} checkpoint",
+        heading=name,
+        skip=("kinds", "table"),
+        sections=sections,
+        by="qpack inspect",
+    )
 
 
 def _tiles(inspection: Inspection) -> str:
-    tiles = [
+    values = [
         (format_size(inspection.bytes), f"in {len(inspection.files)} file{'s' if len(inspection.files) > 1 else ''}"),
         (_short(inspection.weights), "weights"),
         (f"{inspection.bits:.3f}", "bits a weight over all"),
     ]
     if inspection.packed:
-        tiles.append((f"{inspection.packed_bits:.3f}", "bits a packed weight"))
+        values.append((f"{inspection.packed_bits:.3f}", "bits a packed weight"))
     if inspection.error is not None:
-        tiles.append((percent(inspection.error), "mean error of a packed weight"))
-    cells = "\n".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for value, label in tiles)
-    return f'<section aria-label="Summary">\n<dl class="tiles">\n{cells}\n</dl>\n</section>'
+        values.append((percent(inspection.error), "mean error of a packed weight"))
+    return tiles(values)
 
 
 def _storage(inspection: Inspection) -> str:
@@ -148,13 +130,10 @@ _NO_ERRORS = """<section aria-labelledby="errors">
 
 
 def _errors(drawing: Chart) -> str:
-    heads = "".join(f'<th scope="col" class="number">{escape(kind)}</th>' for kind in drawing.kinds)
-    rows = "\n".join(
-        f'<tr><th scope="row">{layer}</th>'
-        + "".join(f'<td class="number">{"" if value is None else percent(value)}</td>' for value in values)
-        + "</tr>"
-        for layer, values in drawing.table
+    rows = (
+        (str(layer), *("" if value is None else percent(value) for value in values)) for layer, values in drawing.table
     )
+    numbers = table(("layer", *drawing.kinds), rows, label="Error by layer")
     return f"""<section aria-labelledby="errors">
 <h2 id="errors">Error by layer</h2>
 <p>The mean over the experts of a layer, where there are any.
@@ -171,14 +150,7 @@ The axis does not begin at zero. Point at a mark for its value.</p>
 </figure>
 <details>
 <summary>The same as a table</summary>
-<div class="scroll" role="region" aria-label="Error by layer" tabindex="0">
-<table>
-<thead><tr><th scope="col">layer</th>{heads}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</div>
+{numbers}
 </details>
 </section>"""
 
@@ -186,13 +158,7 @@ The axis does not begin at zero. Point at a mark for its value.</p>
 def _provenance(inspection: Inspection) -> str:
     lines = {"directory": str(inspection.directory.resolve()), "files": _files(inspection.files)}
     lines |= {key: value for key, value in summary(inspection).items() if key in ("source", "options", "fingerprint")}
-    items = "\n".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in lines.items())
-    return f"""<section aria-labelledby="origin">
-<h2 id="origin">Origin</h2>
-<dl class="pairs">
-{items}
-</dl>
-</section>"""
+    return section("origin", "Origin", pairs(lines))
 
 
 def _files(files: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 from qpack.inspection import Inspection, TensorReport
+from qpack.reports.page.axis import round_numbers
 from qpack.reports.text import percent
 
 _WIDTH, _HEIGHT = 960, 400
@@ -66,7 +67,7 @@ def _mark(index: int) -> str:
 
 def _svg(means: Mapping[str, Mapping[int, float]], layers: Sequence[int]) -> str:
     errors = [value for values in means.values() for value in values.values()]
-    ticks = _ticks(min(errors), max(errors))
+    ticks = round_numbers(min(errors), max(errors))
     first, last, low, high = layers[0], layers[-1], ticks[0], ticks[-1]
 
     def x(layer: int) -> float:
@@ -106,13 +107,3 @@ def _svg(means: Mapping[str, Mapping[int, float]], layers: Sequence[int]) -> str
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">\n{body}\n</svg>'
     )
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers that span ``low`` to ``high``, at most eight."""
-    span = max(high - low, high * 0.02, 1e-6)
-    rough = span / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [index * step for index in range(first, max(last, first + 1) + 1)]
