@@ -84,9 +84,7 @@ def _loss(metrics: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any
 <summary>Some of it as a table</summary>
 {table(headings, rows, label="Loss by step")}
 </details>"""
-    return section(
-        "loss", "Loss", content, "The mean over the learned tokens of a step. Point at a mark for its value."
-    )
+    return section("loss", "Loss", content, "The mean over the learned tokens of a step.")
 
 
 def _rate(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -107,7 +105,8 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 
 def _data(run: Run) -> str:
-    return section("data", "Data", pairs(_shown(run.record.data)))
+    seen = {"cut at max length": run.report.truncated, "tokens seen": f"{run.report.tokens:,}"}
+    return section("data", "Data", pairs(_shown({**run.record.data, **seen})))
 
 
 def _settings(record: Record) -> str:
