@@ -24,6 +24,19 @@ def _switch(flag: str, help: str) -> Callable[[Command], Command]:
     return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=help)
 
 
+def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
+    """An option for a field that maps regular expressions to numbers."""
+
+    def parse(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int] | None:
+        pairs = [value.rpartition("=") for value in values]
+        for pattern, _, number in pairs:
+            if not pattern or not number.isdigit():
+                raise click.BadParameter(f"{pattern}={number}: expected REGEX=NUMBER", context, param)
+        return {pattern: int(number) for pattern, _, number in pairs} or None
+
+    return click.option(flag, multiple=True, metavar="REGEX=NUMBER", callback=parse, help=help)
+
+
 @click.command()
 @click.argument("base", type=DIRECTORY)
 @click.argument("data", nargs=-1, required=True)
@@ -31,6 +44,12 @@ def _switch(flag: str, help: str) -> Callable[[Command], Command]:
 @_setting("--r", int, "Rank of the LoRA factors.")
 @_setting("--lora-alpha", int, "The adapter's output is scaled by lora-alpha / r.")
 @_setting("--lora-dropout", float, "Dropout before the adapter.")
+@_setting("--target-modules", str, "all-linear, names by commas, or a regular expression for full names.")
+@_pattern("--rank-pattern", "Another rank for the modules that match; repeatable.")
+@_pattern("--alpha-pattern", "Another lora-alpha for the modules that match; repeatable.")
+@_switch("--use-rslora", "Scale by lora-alpha / sqrt(r).")
+@_switch("--use-dora", "DoRA: learn the magnitude of rows apart.")
+@_switch("--gradient-checkpointing", "Compute activations again instead of keeping them.  [default: on a GPU]")
 @_setting("--lr", float, "Peak learning rate.")
 @_setting("--epochs", float, "Passes over the data.")
 @_setting("--max-steps", int, "Optimizer steps, instead of epochs.")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from qpack.estimate.device import Device
 from qpack.estimate.model import Model
 from qpack.estimate.need import Need
-from qpack.training.settings import TrainSettings
+from qpack.training.settings import TrainSettings, checkpointing
 
 _PAGED_ELEMENTS = 10**5
 """Optimizer state of a smaller parameter is never paged (bitsandbytes, ``get_state_buffer``)."""
@@ -58,7 +58,7 @@ class Run:
             dropout=settings.lora_dropout > 0,
             optimizer_bits=8 if settings.optim.endswith("8bit") else 32,
             paged=settings.optim.startswith("paged") and on_gpu,
-            checkpointing=on_gpu,
+            checkpointing=checkpointing(settings, device.kind),
         )
 
 

@@ -45,7 +45,7 @@ from qpack.training.memory import peak_memory
 from qpack.training.model import require_float32_adapter
 from qpack.training.paging import page_again
 from qpack.training.report import BatchHalved, Event, Listener, Rewards, RunBegin, StepLog
-from qpack.training.settings import TrainSettings
+from qpack.training.settings import TrainSettings, checkpointing
 
 UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
 """What stands for a paged optimizer on a CPU, which has no second memory to page to: the same update, unpaged."""
@@ -139,7 +139,7 @@ def _arguments(settings: TrainSettings, compute: Compute, directory: Path) -> Tr
         use_cpu=not on_gpu,
         bf16=compute.dtype == torch.bfloat16,
         fp16=compute.dtype == torch.float16,
-        gradient_checkpointing=on_gpu,  # on a CPU memory is rarely what runs out, and recomputing costs a third
+        gradient_checkpointing=checkpointing(settings, compute.device),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,

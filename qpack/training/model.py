@@ -1,13 +1,17 @@
-"""The model under training: the packed base in the chosen compute dtype, with float32 LoRA on all linear layers.
+"""The model under training: the packed base in the chosen compute dtype, with float32 LoRA on its linear layers.
 
 The base is frozen as it was packed; only the adapter is float32. LoRA in bfloat16, the default of some trainers on a
 4-bit base, loses most small updates: at learning rate 1e-5 93 % of them round to nothing.
 """
 
+import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qpack.errors import CheckpointError, TrainingError
@@ -44,18 +48,55 @@ def load_base(base: Path, compute: Compute, *, sharded: bool = False) -> PreTrai
 
 
 def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
-    """Freeze the base and put float32 LoRA on every linear layer but the output head."""
+    """Freeze the base and put float32 LoRA on the layers that the settings name.
+
+    Raises:
+        TrainingError: a name or a pattern matches no linear layer of the model.
+    """
+    names = _names(settings.target_modules)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules="all-linear",
+        target_modules=names or settings.target_modules,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # bfloat16 to float32
-    # PEFT resolves the targets to a set, which would be saved in a different order in every process.
-    config.target_modules = sorted(config.target_modules or ())
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in names:
+        _require_match("target_modules", name, re.escape(name), linear)
+    if settings.target_modules != "all-linear" and not names:
+        _require_match("target_modules", settings.target_modules, settings.target_modules, linear, whole=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # refused below
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # bfloat16 to float32
+    chosen = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(settings, field):
+            _require_match(field, pattern, pattern, chosen)
+    if not isinstance(config.target_modules, str):
+        # PEFT resolves the targets to a set, which would be saved in a different order in every process.
+        config.target_modules = sorted(config.target_modules or ())
     return adapted
+
+
+def _names(targets: str) -> list[str]:
+    """The names that ``target_modules`` lists; none if it is ``all-linear`` or a regular expression."""
+    return targets.split(",") if targets != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", targets) else []
+
+
+def _require_match(setting: str, given: str, pattern: str, modules: Sequence[str], *, whole: bool = False) -> None:
+    """Refuse what matches none of ``modules``, by its end or its ``whole`` name: PEFT's rules."""
+    try:
+        matcher = re.compile(pattern if whole else rf"(.*\.)?({pattern})")
+    except re.error as error:
+        raise TrainingError(f"{setting}: '{given}' is not a regular expression: {error}") from None
+    if not any(map(matcher.fullmatch, modules)):
+        ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+        raise TrainingError(f"{setting}: '{given}' matches no linear layer; they end in {ends}, such as {modules[0]}")
 
 
 def require_float32_adapter(model: torch.nn.Module) -> None:

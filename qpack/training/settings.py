@@ -6,7 +6,8 @@ linear layers, dropout 0.05, learning rate 2e-4 held constant, gradient norm 0.3
 
 import math
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ class TrainSettings:
         r: rank of the LoRA matrices.
         lora_alpha: the adapter's output is scaled by ``lora_alpha / r``.
         lora_dropout: share of the adapter's inputs dropped while training.
+        target_modules: what LoRA is put on: ``all-linear`` (but for the output head), names of modules separated by
+            commas (``q_proj,v_proj``), or a regular expression for their full names.
+        rank_pattern: other ranks than ``r``, by a regular expression for the end of a module's name.
+        alpha_pattern: other values than ``lora_alpha``, likewise.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
+        use_dora: learn the magnitude of every row of a weight apart from its direction (arXiv 2402.09353); slower.
+        gradient_checkpointing: keep only the inputs of the layers and compute the rest again in the backward pass.
+            None: on a GPU; on a CPU memory is rarely what runs out, and recomputing costs a third.
         lr: peak learning rate.
         lr_scheduler: how the rate goes on after the warm-up, one of :data:`SCHEDULERS`.
         warmup_steps: steps over which the rate climbs from zero; must be fewer than the steps of the run.
@@ -58,6 +67,12 @@ class TrainSettings:
     r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
+    target_modules: str = "all-linear"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, int] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    gradient_checkpointing: bool | None = None
     lr: float = 2e-4
     lr_scheduler: str = "constant_with_warmup"
     warmup_steps: int = 0
@@ -95,19 +110,39 @@ class TrainSettings:
             _require_number(name, getattr(self, name))
             if getattr(self, name) <= 0:
                 raise DataError(f"{name}: expected more than 0, found {getattr(self, name)}")
-        _require_number("lora_dropout", self.lora_dropout)
-        if not 0 <= self.lora_dropout < 1:
-            raise DataError(f"lora_dropout: expected at least 0 and less than 1, found {self.lora_dropout}")
         if self.format is not None:
             _require_choice("format", self.format, FORMATS)
         _require_choice("loss", self.loss, LOSSES)
         _require_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         if self.chat_template is not None and not isinstance(self.chat_template, str):
             raise DataError(f"chat_template: expected the path of a file, found {self.chat_template!r}")
-        _require_flag("fsdp", self.fsdp)
+        for name in ("fsdp", "use_rslora", "use_dora"):
+            _require_flag(name, getattr(self, name))
+        if self.gradient_checkpointing is not None:
+            _require_flag("gradient_checkpointing", self.gradient_checkpointing)
+        _check_adapter(self)
         _require_choice("method", self.method, METHODS)
         _require_choice("optim", self.optim, OPTIMIZERS)
         _require_choice("lr_scheduler", self.lr_scheduler, SCHEDULERS)
+
+
+def _check_adapter(settings: TrainSettings) -> None:
+    """What the adapter is made of."""
+    _require_number("lora_dropout", settings.lora_dropout)
+    if not 0 <= settings.lora_dropout < 1:
+        raise DataError(f"lora_dropout: expected at least 0 and less than 1, found {settings.lora_dropout}")
+    if not isinstance(settings.target_modules, str) or not settings.target_modules:
+        found = f"found {settings.target_modules!r}"
+        raise DataError(f"target_modules: expected all-linear, names or a regular expression, {found}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        _require_pattern(name, getattr(settings, name))
+    if settings.fsdp and settings.use_dora:
+        raise DataError("use_dora: needs whole weights for their norms, which no process has with fsdp")
+
+
+def checkpointing(settings: TrainSettings, device: str) -> bool:
+    """Whether a run on ``cuda`` or ``cpu`` computes activations again instead of keeping them."""
+    return device == "cuda" if settings.gradient_checkpointing is None else settings.gradient_checkpointing
 
 
 def load_settings(path: Path | str, **overrides: Any) -> TrainSettings:
@@ -118,7 +153,7 @@ def load_settings(path: Path | str, **overrides: Any) -> TrainSettings:
     """
     path = Path(path)
     values = _read_yaml(path)
-    known = [field.name for field in fields(TrainSettings)]
+    known = [one.name for one in fields(TrainSettings)]
     for key in values:
         if key not in known:
             raise DataError(f"{path}: unknown setting {key!r}, expected one of {', '.join(known)}")
@@ -166,6 +201,17 @@ def _require_number(name: str, value: object) -> None:
 def _require_flag(name: str, value: object) -> None:
     if type(value) is not bool:
         raise DataError(f"{name}: expected true or false, found {value!r}")
+
+
+def _require_pattern(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{name}: expected regular expressions with a number each, found {value!r}")
+    for pattern, number in value.items():
+        _require_integer(f"{name}[{pattern!r}]", number, minimum=1)
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise DataError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

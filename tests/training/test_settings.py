@@ -31,6 +31,12 @@ from qpack.training import TrainSettings, load_settings
         ("max_grad_norm", float("inf"), "max_grad_norm: expected a finite number, found inf"),
         ("optim", "sgd", "optim: expected one of paged_adamw_8bit, paged_adamw_32bit, adamw_8bit, adamw_torch, found"),
         ("fsdp", "yes", "fsdp: expected true or false, found 'yes'"),
+        ("use_dora", 1, "use_dora: expected true or false, found 1"),
+        ("gradient_checkpointing", "on", "gradient_checkpointing: expected true or false, found 'on'"),
+        ("target_modules", ["q_proj"], "target_modules: expected all-linear, names or a regular expression, found ["),
+        ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj']: expected at least 1, found 0"),
+        ("alpha_pattern", {"(": 1}, "alpha_pattern: '(' is not a regular expression: "),
+        ("alpha_pattern", 8, "alpha_pattern: expected regular expressions with a number each, found 8"),
         ("seed", -1, "seed: expected at least 0, found -1"),
     ],
 )
