@@ -56,11 +56,18 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 @_setting("--batch-size", int, "Sequences in a forward pass.")
 @_setting("--grad-accum", int, "Forward passes in an optimizer step.")
 @_setting("--max-length", int, "Longest sequence, in tokens.")
+@_switch("--packing", "Fill every sequence up to max-length with short ones.")
+@_switch("--group-by-length", "Make batches of sequences of like length (the default).")
 @_setting("--format", str, "Format of every row, if its fields do not tell.")
 @_setting("--loss", str, "Tokens of a conversation to learn: assistant or all.")
 @_setting("--chat-template", str, "Jinja file to use instead of the model's chat template.")
 @_setting("--on-bad-row", str, "fail or skip.")
 @_setting("--optim", str, "Optimizer, by transformers' name.")
+@_setting("--weight-decay", float, "AdamW's weight decay.")
+@_setting("--eval-split", float, "Share of the data to hold out for evaluation.")
+@click.option("--eval-data", multiple=True, help="DATA for evaluation; may be given more than once.")
+@_setting("--eval-steps", int, "Steps between two evaluations; by default a tenth of the run.")
+@_setting("--early-stopping", int, "Stop after so many evaluations without a new best one.")
 @_setting("--save-steps", int, "Steps between two checkpoints; by default a twentieth of the run, at most 100.")
 @_setting("--keep", int, "Checkpoints that stay while the run lasts.")
 @_setting("--method", str, "sft: learn the answers; dpo: prefer one of two.")
@@ -72,7 +79,14 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 @force
 @verbosity
 def train(
-    base: Path, data: tuple[str, ...], output: Path, config: Path | None, force: bool, quiet: bool, **flags: Any
+    base: Path,
+    data: tuple[str, ...],
+    output: Path,
+    eval_data: tuple[str, ...],
+    config: Path | None,
+    force: bool,
+    quiet: bool,
+    **flags: Any,
 ) -> None:
     """Train a LoRA adapter for the packed model BASE on DATA.
 
@@ -87,11 +101,12 @@ def train(
     settings = load_settings(config, **given) if config else TrainSettings(**given)
     first = Processes.launched().first
     with panel(quiet=quiet or not first) as on_event:
-        report = qpack.train(base, data, output, settings, force=force, on_event=on_event)
+        report = qpack.train(base, data, output, settings, eval_data=eval_data or None, force=force, on_event=on_event)
     if not first:
         return
     loss = f"loss {report.first_loss:.3f} to {report.final_loss:.3f}"
     work = f"{report.steps} steps, {report.tokens} tokens at {report.tokens_per_second:.0f}/s"
     how = f"{report.optimizer}, {report.compute_dtype}"
+    best = f", best eval loss {report.best_eval_loss:.3f} at step {report.best_step}" if report.best_step else ""
     cut = f", {report.truncated} of {report.examples} examples cut at max-length" if report.truncated else ""
-    click.echo(f"{output}: {loss}, {work} ({how}){cut}, in {report.seconds:.1f} s")
+    click.echo(f"{output}: {loss}, {work} ({how}){best}{cut}, in {report.seconds:.1f} s")

@@ -73,6 +73,11 @@ class PreferenceTrainer(AdapterTrainer):
         """What a pair costs: as much as its longer side, twice."""
         return max(len(example["chosen"]["input_ids"]), len(example["rejected"]["input_ids"]))
 
+    @staticmethod
+    def items(batch: Batch) -> int:
+        """Over how many items the loss of a batch is a sum: its pairs."""
+        return len(batch["labels"])
+
     def __init__(self, model: PeftModel, *args: Any, **kwargs: Any) -> None:
         """Let the model give log-probabilities instead of logits."""
         super().__init__(model, *args, **kwargs)
@@ -87,7 +92,7 @@ class PreferenceTrainer(AdapterTrainer):
         self.rewards = []
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int:
-        return sum(self.processes.gathered(sum(len(batch["labels"]) for batch in batch_samples)))
+        return sum(self.processes.gathered(sum(map(self.items, batch_samples))))
 
     def compute_loss(
         self,

@@ -4,8 +4,8 @@ Why not TRL's SFTTrainer, which extends it: what it adds is tokenizing, masking 
 and on a 4-bit base it casts LoRA to bfloat16. What the Trainer gives is used: schedules, accumulation that weighs
 tokens (not batches) equally, mixed precision, the content of a checkpoint, trackers, seeding.
 
-Ours are the order of the batches and their packing (`qpack.training.batches`), checkpoints that are whole or not there
-(`qpack.training.checkpoints`), and three things that the Trainer by itself does otherwise:
+Ours are the order of the batches (`qpack.training.batches`), packing (`qpack.training.packing`), checkpoints that are
+whole or not there (`qpack.training.checkpoints`), and three things that the Trainer by itself does otherwise:
 
 - A loss or gradient norm that is not finite ends the run, naming the step, the rate and the rows of the data. The
   Trainer replaces it in its log and goes on.
@@ -33,7 +33,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qpack.data import Example
+from qpack.data import IGNORED
 from qpack.errors import TrainingError
 from qpack.loading.adapters import save_adapter
 from qpack.training.averaging import average_gradients
@@ -44,7 +44,7 @@ from qpack.training.distributed import Processes
 from qpack.training.memory import peak_memory
 from qpack.training.model import require_float32_adapter
 from qpack.training.paging import page_again
-from qpack.training.report import BatchHalved, Event, Listener, Rewards, RunBegin, StepLog
+from qpack.training.report import BatchHalved, EvalLog, Event, Listener, Rewards, RunBegin, StepLog
 from qpack.training.settings import TrainSettings, checkpointing
 
 UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
@@ -54,6 +54,8 @@ CHECKPOINTS = 20
 """How many a run saves if it isn't told, so that little is lost when it is interrupted,"""
 MOST_BETWEEN = 100
 """and after how many steps at the latest."""
+EVALUATIONS = 10
+"""How many a run makes if it isn't told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,11 @@ def optimizer_for(settings: TrainSettings, compute: Compute) -> str:
 
 def fit(
     model: PeftModel,
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     settings: TrainSettings,
     compute: Compute,
     *,
+    held_out: Sequence[Any] = (),
     directory: Path,
     trainer_class: "type[AdapterTrainer] | None" = None,
     processes: Processes = Processes(),  # noqa: B008  # frozen
@@ -88,13 +91,17 @@ def fit(
 ) -> Steps:
     """Train the adapter in place, or go on from the last checkpoint in ``directory``, where new ones are saved.
 
+    With examples held out, the model is left with the adapter of the step after which their loss was lowest.
+
     Raises:
         TrainingError: the loss or a gradient is no longer finite, memory does not suffice for one sequence, the warm-up
             is longer than the run, or LoRA is not in float32.
     """
     checkpoints = Checkpoints(directory, settings.keep)
-    arguments = _arguments(settings, compute, directory)
-    trainer = (trainer_class or AdapterTrainer)(model, arguments, examples, settings, checkpoints, processes, listeners)
+    arguments = _arguments(settings, compute, directory, evaluate=bool(held_out))
+    make = trainer_class or AdapterTrainer
+    examples, held_out = (make.arrange(part, settings) for part in (examples, held_out))
+    trainer = make(model, arguments, examples, held_out, settings, checkpoints, processes, listeners)
     require_float32_adapter(model)
     resumed = checkpoints.latest()
     done = _state(resumed) if resumed else TrainerState()
@@ -122,7 +129,7 @@ def fit(
     )
 
 
-def _arguments(settings: TrainSettings, compute: Compute, directory: Path) -> TrainingArguments:
+def _arguments(settings: TrainSettings, compute: Compute, directory: Path, *, evaluate: bool) -> TrainingArguments:
     on_gpu = compute.device == "cuda"
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -133,6 +140,7 @@ def _arguments(settings: TrainSettings, compute: Compute, directory: Path) -> Tr
         learning_rate=settings.lr,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=optimizer_for(settings, compute),
         seed=settings.seed,
@@ -148,7 +156,9 @@ def _arguments(settings: TrainSettings, compute: Compute, directory: Path) -> Tr
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
-        save_strategy="steps",  # how many, _Watch tells
+        eval_strategy="steps" if evaluate else "no",  # how many, _Watch tells, here and for saving
+        metric_for_best_model="loss" if evaluate else None,
+        save_strategy="steps",
         save_total_limit=None,  # Checkpoints deletes them
     )
     arguments._n_gpu = 1  # the model is on one device; the Trainer would multiply the batch by those beside it
@@ -165,7 +175,8 @@ class AdapterTrainer(Trainer):
         self,
         model: PeftModel,
         args: TrainingArguments,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
+        held_out: Sequence[Any],
         settings: TrainSettings,
         checkpoints: Checkpoints,
         processes: Processes,
@@ -178,20 +189,35 @@ class AdapterTrainer(Trainer):
         self.listeners = listeners
         self.order = Order(
             lengths=[*map(self.length, examples)],
-            group_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            group_size=settings.batch_size * settings.grad_accum * processes.size if settings.group_by_length else 1,
             seed=args.seed,
         )
         self.passes: list[Pass] = []
         self.began = time.perf_counter()
         super().__init__(
-            model=model, args=args, train_dataset=examples, data_collator=self.collate, callbacks=[_Watch(self)]
+            model=model,
+            args=args,
+            train_dataset=examples,
+            eval_dataset=held_out or None,
+            data_collator=self.collate,
+            callbacks=[_Watch(self)],
         )
         self.remove_callback(PrinterCallback)  # without a progress bar the Trainer prints its log
+
+    @staticmethod
+    def arrange(examples: Sequence[Any], settings: TrainSettings) -> Sequence[Any]:
+        """What the rows of batches are made of: the examples as they are."""
+        return examples
 
     @staticmethod
     def length(example: Any) -> int:
         """What an example costs, in tokens."""
         return len(example["input_ids"])
+
+    @staticmethod
+    def items(batch: Batch) -> int:
+        """Over how many items the loss of a batch is a sum: its learned tokens."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def step_rewards(self) -> Rewards | None:
         """What the answers of the step were rewarded with, if it is answers that are compared."""
@@ -307,6 +333,45 @@ class AdapterTrainer(Trainer):
         prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         return average_gradients(prepared)
 
+    # ---- evaluation ----------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the mean loss over all items that are held out. No random number is drawn."""
+        held_out: Any = self.eval_dataset
+        model: Any = self.model
+        begins = range(0, len(held_out), self.rows())
+        own = begins[self.processes.rank :: self.processes.size]
+        loss, items = 0.0, 0
+        model.eval()
+        # Processes that share a base go through it together: who has no batch left runs its first one again.
+        for turn in range(math.ceil(len(begins) / self.processes.size)):
+            begin = own[turn] if turn < len(own) else begins[0]
+            batch = self.collate(held_out[begin : begin + self.rows()])
+            [inputs] = cut(batch, self.rows())
+            with torch.no_grad():
+                # Of one item, that is: the sum over all. The Trainer takes it times the number of processes.
+                total: Any = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=1)
+            if turn < len(own):
+                loss += total.item() / self.processes.size
+                items += self.items(batch)
+        sums = self.processes.gathered((loss, items))
+        metrics = {"eval_loss": sum(loss for loss, _ in sums) / sum(items for _, items in sums)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save what is best, so that it is there to be published, and stop when nothing has been for long enough."""
+        step, loss = self.state.global_step, metrics["eval_loss"]
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss on the data held out is {loss} after step {step} of {self.state.max_steps}")
+        best: bool = super()._determine_best_metric(metrics, trial)
+        self.tell(EvalLog(step, self.state.max_steps, loss, best))
+        self.control.should_save |= best
+        if patience := self.settings.early_stopping:
+            unimproved = step - (self.state.best_global_step or 0)
+            self.control.should_training_stop |= unimproved >= patience * self.state.eval_steps
+        return best
+
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -354,6 +419,7 @@ class _Watch(TrainerCallback):
             )
         by_length = min(MOST_BETWEEN, math.ceil(state.max_steps / CHECKPOINTS))
         state.save_steps = self.trainer.settings.save_steps or by_length
+        state.eval_steps = self.trainer.settings.eval_steps or math.ceil(state.max_steps / EVALUATIONS)
         self.trainer.tell(RunBegin(state.global_step, state.max_steps))
 
     def on_epoch_begin(

@@ -11,19 +11,22 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpack.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from qpack.adapters.record import Base, Record
-from qpack.data import DataOptions, Rows, encode, encode_preferences, read, read_preferences
+from qpack.data import DataOptions, Dataset, Rows, encode, encode_preferences, read, read_preferences
 from qpack.data.reading import Arguments
-from qpack.errors import TrainingError
+from qpack.errors import DataError, TrainingError
 from qpack.loading.base import require_packed
 from qpack.output import resumable_directory
 from qpack.training.distributed import Processes
 from qpack.training.metrics import METRICS_NAME, recording
 from qpack.training.report import Event, Listener, RunBegin, Sample, StepLog, TrainReport
 from qpack.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from qpack.training.loop import AdapterTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def train(
     output: Path | str,
     settings: TrainSettings = TrainSettings(),  # noqa: B008  # frozen
     *,
+    eval_data: Arguments | None = None,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     on_event: Listener | None = None,
@@ -69,6 +73,8 @@ def train(
             row may be, :mod:`qpack.data.formats` says.
         output: the directory to make.
         settings: the hyper-parameters.
+        eval_data: what to evaluate on, as ``data``; ``settings.eval_split`` takes a share of ``data`` instead. The
+            adapter is then that of the step after which the loss on it was lowest.
         force: replace an adapter that is already at ``output``.
         on_progress: called with the optimizer steps done and their total, first with 0.
         on_event: called with everything that happens, see `qpack.training.report`.
@@ -85,12 +91,13 @@ def train(
     if settings.fsdp and processes.size == 1:
         raise TrainingError("fsdp: there is one process; start several with torchrun --nproc-per-node N -m qpack train")
     with processes.joined():
-        return _train(Path(base), data, Path(output), settings, processes, force, listeners)
+        return _train(Path(base), data, eval_data, Path(output), settings, processes, force, listeners)
 
 
 def _train(
     base: Path,
     data: Arguments,
+    eval_data: Arguments | None,
     output: Path,
     settings: TrainSettings,
     processes: Processes,
@@ -101,12 +108,12 @@ def _train(
     options = DataOptions(settings.format, settings.loss, settings.chat_template, settings.on_bad_row)
     dpo = settings.method == "dpo"
 
-    def read_rows() -> Rows[Any]:
-        return read_preferences(data, options, seed=settings.seed) if dpo else read(data, options, seed=settings.seed)
-
-    identity, rows = processes.once(lambda: (Base.of(require_packed(base)), read_rows()))
+    identity, (rows, held_out) = processes.once(
+        lambda: (Base.of(require_packed(base)), _read(data, eval_data, options, settings))
+    )
+    inputs = [base, *rows.paths, *(held_out.paths if held_out else ())]
     with processes.shared(
-        lambda: resumable_directory(output, force=force, marker=ADAPTER_CONFIG_NAME, inputs=[base, *rows.paths])
+        lambda: resumable_directory(output, force=force, marker=ADAPTER_CONFIG_NAME, inputs=inputs)
     ) as work:
         from qpack.quiet import quiet_libraries
 
@@ -116,15 +123,20 @@ def _train(
             from qpack.loading.adapters import save_adapter
             from qpack.reports.training import REPORT_NAME, Run, page
             from qpack.training.compute import choose_compute
-            from qpack.training.dpo import PreferenceTrainer
-            from qpack.training.loop import AdapterTrainer, fit, optimizer_for
+            from qpack.training.loop import fit, optimizer_for
             from qpack.training.memory import peak_memory
             from qpack.training.model import add_lora, load_base, load_tokenizer
             from qpack.training.samples import draw_samples
 
             tokenizer = load_tokenizer(base)
             encoding: Any = encode_preferences if dpo else encode
-            dataset = processes.once(lambda: encoding(rows, tokenizer, base, options, settings.max_length))
+
+            def encoded(rows: Rows[Any]) -> Dataset[Any]:
+                dataset: Dataset[Any] = encoding(rows, tokenizer, base, options, settings.max_length)
+                return dataset
+
+            dataset = processes.once(lambda: encoded(rows))
+            evaluation = processes.once(lambda: encoded(held_out)) if held_out else None
             compute = choose_compute()
             if processes.size > 1 and processes.first:
                 logger.info("%s", processes.describe(settings, compute.device))
@@ -134,7 +146,7 @@ def _train(
                 versions={library: version(library) for library in LIBRARIES},
                 base=identity,
                 settings=asdict(settings),
-                data={"digest": dataset.digest, "examples": len(dataset.examples)},
+                data=_counts(dataset) | ({"held_out": _counts(evaluation)} if evaluation else {}),
                 template=dataset.template,
                 metrics={},
             )
@@ -146,14 +158,16 @@ def _train(
                     dataset.examples,
                     settings,
                     compute,
-                    trainer_class=PreferenceTrainer if dpo else AdapterTrainer,
+                    held_out=evaluation.examples if evaluation else (),
+                    trainer_class=_trainer_class(settings),
                     directory=checkpoints,
                     processes=processes,
                     listeners=[metrics, *listeners] if processes.first else (),
                 )
             samples: tuple[Sample, ...] = ()
             if processes.first or settings.fsdp:  # no process has a sharded base for itself
-                answers = [example["chosen"] for example in dataset.examples] if dpo else dataset.examples
+                asked = (evaluation or dataset).examples
+                answers = [example["chosen"] for example in asked] if dpo else asked
                 samples = draw_samples(model, tokenizer, answers, settings.samples)
             if processes.first:
                 save_adapter(model, work.directory)
@@ -183,6 +197,38 @@ def _train(
             shown = page(Run(report, record, metrics.rows(), samples))
             (work.directory / REPORT_NAME).write_text(shown, encoding="utf-8")
     return report
+
+
+def _read(
+    data: Arguments, eval_data: Arguments | None, options: DataOptions, settings: TrainSettings
+) -> tuple[Rows[Any], Rows[Any] | None]:
+    """Read what to train on, and what to evaluate on if anything is held out."""
+    if settings.eval_split is not None and eval_data is not None:
+        raise DataError("eval_split: expected no evaluation data beside it, found both")
+    reader: Any = read_preferences if settings.method == "dpo" else read
+    rows = reader(data, options, seed=settings.seed)
+    if settings.eval_split is not None:
+        return rows.split(settings.eval_split, settings.seed)  # type: ignore[no-any-return]
+    if eval_data is not None:
+        return rows, reader(eval_data, options, seed=settings.seed)
+    for name in ("eval_steps", "early_stopping"):
+        if getattr(settings, name) is not None:
+            raise DataError(f"{name}: nothing is held out to evaluate on; give eval_split or evaluation data")
+    return rows, None
+
+
+def _trainer_class(settings: TrainSettings) -> "type[AdapterTrainer]":
+    from qpack.training.dpo import PreferenceTrainer
+    from qpack.training.loop import AdapterTrainer
+    from qpack.training.packing import PackingTrainer
+
+    if settings.method == "dpo":
+        return PreferenceTrainer
+    return PackingTrainer if settings.packing else AdapterTrainer
+
+
+def _counts(dataset: Dataset[Any]) -> dict[str, Any]:
+    return {"digest": dataset.digest, "examples": len(dataset.examples)}
 
 
 def _inputs(record: Record, processes: Processes) -> str:

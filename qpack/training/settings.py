@@ -6,7 +6,7 @@ linear layers, dropout 0.05, learning rate 2e-4 held constant, gradient norm 0.3
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,17 @@ class TrainSettings:
         chat_template: a Jinja file that takes the place of the tokenizer's own template.
         on_bad_row: what a row that cannot be used does, one of :data:`~qpack.data.ON_BAD_ROW`.
         max_length: longest sequence in tokens; longer ones are cut at their end, and the report counts them.
+        packing: fill every sequence up to ``max_length`` with short ones, which do not see each other.
+        group_by_length: make batches of sequences of like length, so that little is padded; of no effect with packing.
+        weight_decay: AdamW's, on the adapter's matrices.
         max_grad_norm: gradients are scaled down to this norm.
         optim: one of :data:`OPTIMIZERS`. Paging needs a GPU; on a CPU the unpaged twin is used and reported.
         save_steps: steps between two checkpoints, from which an interrupted run goes on; by default a twentieth of the
             run and at most 100.
         keep: how many of the last checkpoints stay while the run lasts.
+        eval_split: share of the data to hold out for evaluation, whole rows drawn by the seed.
+        eval_steps: steps between two evaluations; by default a tenth of the run. One more follows the last step.
+        early_stopping: stop after so many evaluations in a row without a new best one.
         method: ``sft``: learn the answers as they stand; ``dpo``: prefer one of two.
         beta: how dear it is to DPO to leave the base: a reward is ``beta`` times a log-probability gained over it.
         fsdp: of several processes each holds a part of the base, not all of it.
@@ -85,10 +91,16 @@ class TrainSettings:
     chat_template: str | None = None
     on_bad_row: str = "fail"
     max_length: int = 1024
+    packing: bool = False
+    group_by_length: bool = True
+    weight_decay: float = 0.0
     max_grad_norm: float = 0.3
     optim: str = "paged_adamw_8bit"
     save_steps: int | None = None
     keep: int = 2
+    eval_split: float | None = None
+    eval_steps: int | None = None
+    early_stopping: int | None = None
     method: str = "sft"
     beta: float = 0.1
     fsdp: bool = False
@@ -96,48 +108,15 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse wrong types and values out of range."""
-        for name in ("r", "lora_alpha", "batch_size", "grad_accum", "keep"):
-            _require_integer(name, getattr(self, name), minimum=1)
-        _require_integer("max_length", self.max_length, minimum=2)  # one token to read, one to predict
-        _require_integer("warmup_steps", self.warmup_steps, minimum=0)
-        _require_integer("seed", self.seed, minimum=0)
-        _require_integer("samples", self.samples, minimum=0)
-        for name in ("max_steps", "save_steps"):
-            if getattr(self, name) is not None:
-                _require_integer(name, getattr(self, name), minimum=1)
-        for name in ("lr", "epochs", "max_grad_norm", "beta"):
-            _require_number(name, getattr(self, name))
-            if getattr(self, name) <= 0:
-                raise DataError(f"{name}: expected more than 0, found {getattr(self, name)}")
-        if self.format is not None:
-            _require_choice("format", self.format, FORMATS)
-        _require_choice("loss", self.loss, LOSSES)
-        _require_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
-        if self.chat_template is not None and not isinstance(self.chat_template, str):
-            raise DataError(f"chat_template: expected the path of a file, found {self.chat_template!r}")
-        for name in ("fsdp", "use_rslora", "use_dora"):
-            _require_flag(name, getattr(self, name))
-        if self.gradient_checkpointing is not None:
-            _require_flag("gradient_checkpointing", self.gradient_checkpointing)
-        _check_adapter(self)
-        _require_choice("method", self.method, METHODS)
-        _require_choice("optim", self.optim, OPTIMIZERS)
-        _require_choice("lr_scheduler", self.lr_scheduler, SCHEDULERS)
-
-
-def _check_adapter(settings: TrainSettings) -> None:
-    """What the adapter is made of."""
-    _require_number("lora_dropout", settings.lora_dropout)
-    if not 0 <= settings.lora_dropout < 1:
-        raise DataError(f"lora_dropout: expected at least 0 and less than 1, found {settings.lora_dropout}")
-    if not isinstance(settings.target_modules, str) or not settings.target_modules:
-        found = f"found {settings.target_modules!r}"
-        raise DataError(f"target_modules: expected all-linear, names or a regular expression, {found}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        _require_pattern(name, getattr(settings, name))
-    if settings.fsdp and settings.use_dora:
-        raise DataError("use_dora: needs whole weights for their norms, which no process has with fsdp")
+        """Refuse wrong types and values out of range; a field may be None where that is its default."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value is not None or setting.default is not None:
+                _CHECKS[setting.name](setting.name, value)
+        if self.packing and self.method == "dpo":
+            raise DataError("packing: not for method 'dpo', which compares sequences with each other")
+        if self.fsdp and self.use_dora:
+            raise DataError("use_dora: needs whole weights for their norms, which no process has with fsdp")
 
 
 def checkpointing(settings: TrainSettings, device: str) -> bool:
@@ -186,34 +165,84 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return values
 
 
-def _require_integer(name: str, value: object, *, minimum: int) -> None:
-    if type(value) is not int:  # a bool is an int to isinstance
-        raise DataError(f"{name}: expected an integer, found {value!r}")
-    if value < minimum:
-        raise DataError(f"{name}: expected at least {minimum}, found {value}")
+Check = Callable[[str, Any], None]
+"""Takes a field's name and value, and raises a DataError for a value that is not allowed."""
 
 
-def _require_number(name: str, value: object) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise DataError(f"{name}: expected a finite number, found {value!r}")
+def _integer(minimum: int) -> Check:
+    def check(name: str, value: Any) -> None:
+        if type(value) is not int:  # a bool is an int to isinstance
+            raise DataError(f"{name}: expected an integer, found {value!r}")
+        if value < minimum:
+            raise DataError(f"{name}: expected at least {minimum}, found {value}")
+
+    return check
 
 
-def _require_flag(name: str, value: object) -> None:
+def _number(allowed: Callable[[float], bool], what: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise DataError(f"{name}: expected a finite number, found {value!r}")
+        if not allowed(value):
+            raise DataError(f"{name}: expected {what}, found {value}")
+
+    return check
+
+
+def _choice(choices: tuple[str, ...]) -> Check:
+    def check(name: str, value: Any) -> None:
+        if value not in choices:
+            raise DataError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+
+    return check
+
+
+def _flag(name: str, value: Any) -> None:
     if type(value) is not bool:
         raise DataError(f"{name}: expected true or false, found {value!r}")
 
 
-def _require_pattern(name: str, value: object) -> None:
+def _file(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{name}: expected the path of a file, found {value!r}")
+
+
+def _targets(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{name}: expected all-linear, names or a regular expression, found {value!r}")
+
+
+def _pattern(name: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         raise DataError(f"{name}: expected regular expressions with a number each, found {value!r}")
     for pattern, number in value.items():
-        _require_integer(f"{name}[{pattern!r}]", number, minimum=1)
+        _COUNT(f"{name}[{pattern!r}]", number)
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise DataError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise DataError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+_COUNT = _integer(minimum=1)
+_POSITIVE = _number(lambda value: value > 0, "more than 0")
+
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("r", "lora_alpha", "batch_size", "grad_accum", "max_steps"), _COUNT),
+    **dict.fromkeys(("keep", "save_steps", "eval_steps", "early_stopping"), _COUNT),
+    **dict.fromkeys(("warmup_steps", "seed", "samples"), _integer(minimum=0)),
+    **dict.fromkeys(("lr", "epochs", "max_grad_norm", "beta"), _POSITIVE),
+    **dict.fromkeys(("fsdp", "packing", "group_by_length", "gradient_checkpointing", "use_rslora", "use_dora"), _flag),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _pattern),
+    "target_modules": _targets,
+    "max_length": _integer(minimum=2),  # one token to read, one to predict
+    "lora_dropout": _number(lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+    "weight_decay": _number(lambda value: value >= 0, "at least 0"),
+    "eval_split": _number(lambda value: 0 < value < 1, "more than 0 and less than 1"),
+    "format": _choice(FORMATS),
+    "loss": _choice(LOSSES),
+    "on_bad_row": _choice(ON_BAD_ROW),
+    "method": _choice(METHODS),
+    "optim": _choice(OPTIMIZERS),
+    "lr_scheduler": _choice(SCHEDULERS),
+    "chat_template": _file,
+}

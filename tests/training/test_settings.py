@@ -37,6 +37,12 @@ from qpack.training import TrainSettings, load_settings
         ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj']: expected at least 1, found 0"),
         ("alpha_pattern", {"(": 1}, "alpha_pattern: '(' is not a regular expression: "),
         ("alpha_pattern", 8, "alpha_pattern: expected regular expressions with a number each, found 8"),
+        ("packing", 1, "packing: expected true or false, found 1"),
+        ("weight_decay", -0.1, "weight_decay: expected at least 0, found -0.1"),
+        ("eval_split", 1.0, "eval_split: expected more than 0 and less than 1, found 1.0"),
+        ("early_stopping", 0, "early_stopping: expected at least 1, found 0"),
+        ("keep", 0, "keep: expected at least 1, found 0"),
+        ("chat_template", 3, "chat_template: expected the path of a file, found 3"),
         ("seed", -1, "seed: expected at least 0, found -1"),
     ],
 )
