@@ -22,6 +22,29 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EXPERT = re.compile(r"\.((?:shared_)?experts?)\.(?:(\d+)\.)?(.+)")
 
 
+def kind_of(name: str) -> str:
+    """The role of the weight ``name`` in every layer: ``q_proj``, ``experts.up_proj``, ``norm``, ``q_proj.bias``."""
+    path = name.removesuffix(".weight")
+    if expert := _EXPERT.search(path):
+        return f"{expert[1]}.{expert[3]}"
+    *_, module = path.removesuffix(".bias").split(".")
+    if "norm" in module:
+        return "norm"
+    return f"{module}.bias" if path.endswith(".bias") else module
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the layer that the weight ``name`` is in, if in one."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def expert_of(name: str) -> int | None:
+    """Index of the expert that the weight ``name`` is of, if of one."""
+    found = _EXPERT.search(name)
+    return int(found[2]) if found and found[2] else None
+
+
 @dataclass(frozen=True, slots=True)
 class TensorReport:
     """One weight of the model. A packed one counts all its tensors."""
@@ -53,26 +76,18 @@ class TensorReport:
 
     @property
     def kind(self) -> str:
-        """The role that the weight has in every layer: ``q_proj``, ``experts.up_proj``, ``norm``, ``q_proj.bias``."""
-        path = self.name.removesuffix(".weight")
-        if expert := _EXPERT.search(path):
-            return f"{expert[1]}.{expert[3]}"
-        *_, module = path.removesuffix(".bias").split(".")
-        if "norm" in module:
-            return "norm"
-        return f"{module}.bias" if path.endswith(".bias") else module
+        """The role that the weight has in every layer, see `kind_of`."""
+        return kind_of(self.name)
 
     @property
     def layer(self) -> int | None:
         """Index of the layer that it is in, if in one."""
-        found = _LAYER.search(self.name)
-        return int(found[1]) if found else None
+        return layer_of(self.name)
 
     @property
     def expert(self) -> int | None:
         """Index of the expert that it is of, if of one."""
-        found = _EXPERT.search(self.name)
-        return int(found[2]) if found and found[2] else None
+        return expert_of(self.name)
 
 
 def _relative(tensors: Iterable[TensorReport]) -> float | None:
@@ -181,7 +196,7 @@ class Inspection:
     def by_kind(self) -> tuple[Kind, ...]:
         """The weights by kind and storage, in the order in which a model of layers names them first."""
         groups: dict[tuple[str, str, int | None, bool | None], list[TensorReport]] = {}
-        for tensor in sorted(self.tensors, key=_reading_order):
+        for tensor in sorted(self.tensors, key=lambda tensor: reading_order(tensor.name)):
             key = (tensor.kind, tensor.dtype, tensor.blocksize, tensor.double_quant)
             groups.setdefault(key, []).append(tensor)
         return tuple(Kind(*key, tuple(tensors)) for key, tensors in groups.items())
@@ -314,10 +329,11 @@ _ORDER = (
 """How people read a decoder layer; other kinds follow, then norms, then the output embedding."""
 
 
-def _reading_order(tensor: TensorReport) -> tuple[int, str, int]:
-    kind = tensor.kind
+def reading_order(name: str) -> tuple[int, str, int]:
+    """What to sort weights by, so that they stand by kind and layer."""
+    kind, layer = kind_of(name), layer_of(name)
     last = {"norm": 1000, "lm_head": 1001}.get(kind, 500)
-    return (_ORDER.index(kind) if kind in _ORDER else last, kind, tensor.layer if tensor.layer is not None else -1)
+    return (_ORDER.index(kind) if kind in _ORDER else last, kind, -1 if layer is None else layer)
 
 
 def _hint(name: str, inspection: Inspection) -> str:

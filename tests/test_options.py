@@ -8,9 +8,9 @@ import bitsandbytes.functional as bnb
 import definitions
 import pytest
 import torch
+from lora import write_adapter
 from safetensors.torch import load_file, save_file
 from test_cli import contents, run
-from test_merge import write_adapter
 from tiny import write_llama
 from transformers import AutoModelForCausalLM
 

@@ -136,8 +136,8 @@ def test_docs_convert_runs_from_top_to_bottom(workspace: Path) -> None:
 
 def test_docs_merge_runs_from_top_to_bottom(workspace: Path) -> None:
     for language, block in all_blocks(MERGE):
-        assert language == "sh"
-        run_commands(block, workspace)
+        if language == "sh":
+            run_commands(block, workspace)
     for name in ("merged", "merged-original", "merged-sum"):
         assert "quantization_config" not in json.loads((workspace / name / "config.json").read_text())
 

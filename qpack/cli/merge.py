@@ -1,5 +1,6 @@
 """``qpack merge``: a plain checkpoint of a base and an adapter."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class WeightedAdapter(click.ParamType[tuple[Path, float]]):
 @max_shard_size
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
 @threads
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object, weight by weight.")
 @force
 @verbosity
 def merge(
@@ -59,6 +61,7 @@ def merge(
     source: Path | None,
     dry_run: bool,
     threads: int | None,
+    as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -67,6 +70,8 @@ def merge(
     Of several adapters the changes are added up, each times its weight. Interrupted, the same command goes on where it
     was.
     """
+    from qpack.reports import text
+
     if (onto == "original") != (source is not None):
         raise click.UsageError("--onto original and --source SRC need each other")
     if dry_run:
@@ -76,5 +81,7 @@ def merge(
         return
     with terminal.progress("merge", "bytes", quiet=quiet) as on_progress:
         report = qpack.merge(base, adapters, dst, original=source, threads=threads, on_progress=on_progress, **options)
-    size = f"{format_size(report.result.bytes)} in {len(report.result.files)} files"
-    click.echo(f"{dst}: {report.merged} weights merged, {size}, in {report.seconds:.1f} s")
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        text.print_merge(dst, report)

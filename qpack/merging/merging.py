@@ -12,10 +12,10 @@ layer, are refused: merge onto the original.
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from qpack import _core
 from qpack.adapters.adapter import Adapter
@@ -25,9 +25,10 @@ from qpack.adapters.trained import Changes, changes, input_embedding
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
 from qpack.errors import AdapterError, CheckpointError
-from qpack.inspection import Inspection, inspect
-from qpack.manifest import MANIFEST_NAME, Manifest
+from qpack.inspection import Inspection, inspect, kind_of, layer_of
+from qpack.manifest import MANIFEST_NAME, Manifest, WeightError
 from qpack.merging.card import write_card
+from qpack.merging.effects import Effect, by_kind, measure_effects
 from qpack.output import free_bytes, refuse_full_disk, refuse_inputs, resumable_directory
 from qpack.policy.encoded import read_sources
 from qpack.policy.modules import transposed_weights
@@ -50,13 +51,33 @@ class MergeReport:
 
     merged: int
     """Number of tensors that the adapters changed."""
-    changes: dict[str, tuple[float, float]]
-    """Frobenius norms of the change and of the weight before, by the name of each weight that low-rank changes met."""
+    effects: dict[str, Effect]
+    """How much each weight was changed, by its name; those that were replaced as a whole are left out."""
+    errors_of: Literal["base"] | None
+    """What was quantized: the base that the adapters were trained on. None where no error is recorded."""
     resumed_bytes: int
     """How many bytes of the source an interrupted run had dealt with."""
     result: Inspection
     """What the merged directory holds."""
     seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON can say it."""
+        weights = [
+            {"name": name, "kind": kind_of(name), "layer": layer_of(name), **effect.as_json()}
+            for name, effect in self.effects.items()
+        ]
+        kinds = [
+            {"name": kind, "count": len(found), **Effect.of_all(list(found.values())).as_json()}
+            for kind, found in by_kind(self.effects).items()
+        ]
+        sums = {"merged": self.merged, "errors_of": self.errors_of, "resumed_bytes": self.resumed_bytes}
+        written = {
+            "directory": str(self.result.directory),
+            "files": list(self.result.files),
+            "bytes": self.result.bytes,
+        }
+        return written | sums | {"seconds": self.seconds, "kinds": kinds, "weights": weights}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +191,11 @@ def merge(
         copy_companions(job.onto.directory, work.directory)
         write_config(work.directory, _config(job))
         write_card(work.directory, job.base, job.onto, job.adapters, job.dtype)
+    errors = _errors(job.base)
     return MergeReport(
         merged=len(job.changes.by_weight),
-        changes=written.changes,
+        effects=measure_effects(written.changes, errors),
+        errors_of="base" if errors else None,
         resumed_bytes=written.resumed_bytes,
         result=inspect(destination),
         seconds=time.monotonic() - start,
@@ -295,6 +318,12 @@ def _sum(found: list[Changes], adapters: list[Adapter]) -> Changes:
             else:
                 raise AdapterError(f"{adapter.path}: changes {name}, which another adapter changes too, not by a sum")
     return Changes(total, untied=any(one.untied for one in found))
+
+
+def _errors(base: Checkpoint) -> Mapping[str, WeightError]:
+    """How far each packed weight of ``base`` is from what it was packed from, where ``qpack.json`` says so."""
+    recorded = (base.directory / MANIFEST_NAME).is_file()
+    return Manifest.read(base.directory).errors if recorded else {}
 
 
 def _config(job: _Job) -> dict[str, Any]:

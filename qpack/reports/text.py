@@ -18,7 +18,9 @@ from qpack import estimate
 from qpack._core import LEVELS
 from qpack.conversion import ConvertReport, DryRun
 from qpack.errors import CheckpointError
-from qpack.inspection import Examination, Inspection, Kind, TensorReport
+from qpack.inspection import Examination, Inspection, Kind, TensorReport, expert_of, layer_of
+from qpack.merging.effects import Effect, by_kind
+from qpack.merging.merging import MergeReport
 from qpack.sizes import format_size
 from qpack.training.settings import TrainSettings
 
@@ -53,7 +55,7 @@ def row(kind: Kind) -> tuple[str, ...]:
     """One line of the table by kind."""
     shapes = kind.shapes
     more = f" +{len(shapes) - 2}" if len(shapes) > 2 else ""
-    worst = f"{percent(kind.worst.error.relative)} {place(kind.worst)}" if kind.worst and kind.worst.error else ""
+    worst = f"{percent(kind.worst.error.relative)} {place(kind.worst.name)}" if kind.worst and kind.worst.error else ""
     return (
         kind.name,
         str(len(kind.tensors)),
@@ -160,6 +162,51 @@ def print_dry_run(destination: Path, dry: DryRun) -> None:
     _show([Text(f"{destination} (dry run, nothing is written)", style="bold"), _pairs(lines)])
 
 
+def print_merge(destination: Path, report: MergeReport) -> None:
+    """Print what was merged, and by kind of weight how the change compares with the error of quantization."""
+    effects, result = report.effects, report.result
+    size = f"{format_size(result.bytes)} in {len(result.files)} file{'s' if len(result.files) > 1 else ''}"
+    resumed = f", {format_size(report.resumed_bytes)} of the source done before" if report.resumed_bytes else ""
+    lines = {"merged": f"{report.merged} weights, {size}{resumed}, in {report.seconds:.1f} s"}
+    if effects and report.errors_of is None:
+        lines["error"] = "not recorded: the base was not packed by qpack"
+    small = sum(effect.is_small for effect in effects.values())
+    if small:
+        lines["warning"] = f"in {small} of {len(effects)} weights {_SMALL[report.errors_of or '']}"
+    parts: list[Text | Table] = [Text(str(destination), style="bold"), _pairs(lines)]
+    if effects:
+        parts += [Text(), _effects(effects)]
+    _show(parts)
+
+
+_SMALL = {"base": "the packed base and its original differ by more than the adapters change"}
+"""What a change that is smaller than the error means, by whose error it is."""
+
+
+def _effects(effects: Mapping[str, Effect]) -> Table:
+    table = _table("kind", "count", "change", "of weight", "error", "ratio", "smallest")
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for kind, found in by_kind(effects).items():
+        known = {name: effect.ratio for name, effect in found.items() if effect.ratio is not None}
+        least = min(known, key=lambda name: known[name], default=None)
+        smallest = f"{known[least]:.3f} {place(least)}" if least else ""
+        table.add_row(kind, str(len(found)), *_norms(Effect.of_all(list(found.values()))), smallest)
+    table.add_section()
+    table.add_row("in all", str(len(effects)), *_norms(Effect.of_all(list(effects.values()))), "", style="bold")
+    return table
+
+
+def _norms(effect: Effect) -> tuple[str, ...]:
+    """Cells: norm of the change, its share of the weight's, norm of the error, change over error."""
+    return (
+        f"{effect.change:.4g}",
+        percent(effect.change / effect.weight) if effect.weight else "",
+        "" if effect.error is None else f"{effect.error:.4g}",
+        "" if effect.ratio is None else f"{effect.ratio:.3f}",
+    )
+
+
 def print_estimate(base: Path, found: estimate.Fit, settings: TrainSettings) -> None:
     """Print what training needs by part, whether it fits, how far it could go, and what to change where it does not."""
     need, device = found.need, found.device
@@ -208,11 +255,12 @@ def stored_as(stored: Kind | TensorReport) -> str:
     return f"{stored.dtype}/{stored.blocksize}{' nested' if stored.double_quant else ''}"
 
 
-def place(tensor: TensorReport) -> str:
-    """Where a weight is, in short: ``layer 3``, ``layer 3 expert 7``, or its name."""
-    if tensor.layer is None:
-        return tensor.name
-    return f"layer {tensor.layer}" + ("" if tensor.expert is None else f" expert {tensor.expert}")
+def place(name: str) -> str:
+    """Where the weight ``name`` is, in short: ``layer 3``, ``layer 3 expert 7``, or its name."""
+    layer, expert = layer_of(name), expert_of(name)
+    if layer is None:
+        return name
+    return f"layer {layer}" + ("" if expert is None else f" expert {expert}")
 
 
 def _options(values: Mapping[str, Any]) -> str:

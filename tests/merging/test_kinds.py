@@ -143,7 +143,7 @@ def test_fused_experts_are_merged_by_expert(base: str, bases: dict[str, Path], t
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     adapter = write_adapter(tmp_path / "adapter", bases[base], target_modules=["q_proj"], target_parameters=parameters)
     report = qpack.merge(bases[base], adapter, tmp_path / "merged")
-    assert any(name.endswith("gate_up_proj") for name in report.changes)
+    assert any(name.endswith("gate_up_proj") for name in report.effects)
     expected = peft_in_f64(bases[base], adapter)
     for name, weight in tensors(tmp_path / "merged").items():
         assert torch.equal(weight, rounded(expected[name])), name
