@@ -8,6 +8,7 @@ import click
 
 import qpack
 from qpack.cli.options import DIRECTORY, Command, force, verbosity
+from qpack.training.settings import TRACKERS
 
 
 def _setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
@@ -74,6 +75,13 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 @_setting("--beta", float, "DPO: how dear it is to leave the base.")
 @_switch("--fsdp", "Of several processes each holds a part of the base.")
 @_setting("--samples", int, "Prompts that base and adapter answer for report.html.")
+@click.option(
+    "--report-to",
+    type=click.Choice(TRACKERS),
+    multiple=True,
+    callback=lambda context, param, values: values or None,
+    help="Show the run in a tracker too; repeatable.",
+)
 @_setting("--seed", int, "Seed of initial adapter, data order and dropout.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings; flags take precedence.")
 @force
@@ -109,4 +117,5 @@ def train(
     how = f"{report.optimizer}, {report.compute_dtype}"
     best = f", best eval loss {report.best_eval_loss:.3f} at step {report.best_step}" if report.best_step else ""
     cut = f", {report.truncated} of {report.examples} examples cut at max-length" if report.truncated else ""
-    click.echo(f"{output}: {loss}, {work} ({how}){best}{cut}, in {report.seconds:.1f} s")
+    skipped = f", {report.skipped} row{'s' * (report.skipped > 1)} skipped" if report.skipped else ""
+    click.echo(f"{output}: {loss}, {work} ({how}){best}{cut}{skipped}, in {report.seconds:.1f} s")

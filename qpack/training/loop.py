@@ -22,7 +22,7 @@ or not; CUDA kernels sum in no fixed order.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from qpack.training.model import require_float32_adapter
 from qpack.training.paging import page_again
 from qpack.training.report import BatchHalved, EvalLog, Event, Listener, Rewards, RunBegin, StepLog
 from qpack.training.settings import TrainSettings, checkpointing
+from qpack.training.trackers import trackers
 
 UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
 """What stands for a paged optimizer on a CPU, which has no second memory to page to: the same update, unpaged."""
@@ -85,20 +86,22 @@ def fit(
     *,
     held_out: Sequence[Any] = (),
     directory: Path,
+    name: str | None = None,
     trainer_class: "type[AdapterTrainer] | None" = None,
     processes: Processes = Processes(),  # noqa: B008  # frozen
     listeners: Sequence[Listener] = (),
 ) -> Steps:
     """Train the adapter in place, or go on from the last checkpoint in ``directory``, where new ones are saved.
 
-    With examples held out, the model is left with the adapter of the step after which their loss was lowest.
+    With examples held out, the model is left with the adapter of the step after which their loss was lowest. ``name``
+    is what trackers call the run.
 
     Raises:
         TrainingError: the loss or a gradient is no longer finite, memory does not suffice for one sequence, the warm-up
             is longer than the run, or LoRA is not in float32.
     """
     checkpoints = Checkpoints(directory, settings.keep)
-    arguments = _arguments(settings, compute, directory, evaluate=bool(held_out))
+    arguments = _arguments(settings, compute, directory, name, evaluate=bool(held_out))
     make = trainer_class or AdapterTrainer
     examples, held_out = (make.arrange(part, settings) for part in (examples, held_out))
     trainer = make(model, arguments, examples, held_out, settings, checkpoints, processes, listeners)
@@ -109,6 +112,9 @@ def fit(
         trainer._load_from_checkpoint(str(resumed))
         trainer.state = done
     else:
+        if processes.first:
+            for callback in trackers(settings.report_to, directory.parent, done.global_step):
+                trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         except Exception as error:
@@ -129,7 +135,9 @@ def fit(
     )
 
 
-def _arguments(settings: TrainSettings, compute: Compute, directory: Path, *, evaluate: bool) -> TrainingArguments:
+def _arguments(
+    settings: TrainSettings, compute: Compute, directory: Path, name: str | None, *, evaluate: bool
+) -> TrainingArguments:
     on_gpu = compute.device == "cuda"
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -155,7 +163,8 @@ def _arguments(settings: TrainSettings, compute: Compute, directory: Path, *, ev
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        run_name=name,
+        report_to="none",  # `trackers` makes their callbacks, which have to know where the run goes on
         eval_strategy="steps" if evaluate else "no",  # how many, _Watch tells, here and for saving
         metric_for_best_model="loss" if evaluate else None,
         save_strategy="steps",
@@ -292,7 +301,6 @@ class AdapterTrainer(Trainer):
             seconds = time.perf_counter() - self.began
             tokens = sum(self.processes.gathered(sum(batch.inputs["tokens"] for batch in self.passes)))
             self.state.num_input_tokens_seen += tokens
-            logs["seconds"] = seconds
             step = StepLog(
                 step=self.state.global_step,
                 total=self.state.max_steps,
@@ -305,6 +313,9 @@ class AdapterTrainer(Trainer):
                 memory=peak_memory(self.args.device.type),
                 rewards=self.step_rewards(),
             )
+            logs |= {name: getattr(step, name) for name in ("tokens_per_second", "seconds", "memory")}
+            if step.rewards:
+                logs |= {f"rewards/{name}": value for name, value in asdict(step.rewards).items()}
             super().log(logs)
             self.tell(step)
 
@@ -356,6 +367,7 @@ class AdapterTrainer(Trainer):
                 items += self.items(batch)
         sums = self.processes.gathered((loss, items))
         metrics = {"eval_loss": sum(loss for loss, _ in sums) / sum(items for _, items in sums)}
+        super().log(dict(metrics))  # for trackers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

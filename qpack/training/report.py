@@ -88,18 +88,20 @@ Listener = Callable[[Event], None]
 class TrainReport:
     """One finished run.
 
-    ``examples`` are sequences, ``truncated`` how many of them were cut at ``max_length``, ``tokens`` all tokens the
-    model was fed without padding. ``final_loss`` is the mean of the last ten steps (of all, if there were fewer).
-    ``seconds`` covers the steps alone, not loading, saving or evaluating. Counts, losses and seconds are those of the
-    whole run, the part before an interruption included; ``resumed_step`` is where this call went on. ``optimizer`` and
-    ``compute_dtype`` are those that were used. With data held out, the adapter is that of ``best_step``, whose loss on
-    that data is ``best_eval_loss``. ``peak_memory`` is in bytes, of this process.
+    ``examples`` are sequences, ``truncated`` how many of them were cut at ``max_length``, ``skipped`` the rows of the
+    data that could not be used (``on_bad_row='skip'``), ``tokens`` all tokens the model was fed without padding.
+    ``final_loss`` is the mean of the last ten steps (of all, if there were fewer). ``seconds`` covers the steps alone,
+    not loading, saving or evaluating. Counts, losses and seconds are those of the whole run, the part before an
+    interruption included; ``resumed_step`` is where this call went on. ``optimizer`` and ``compute_dtype`` are those
+    that were used. With data held out, the adapter is that of ``best_step``, whose loss on that data is
+    ``best_eval_loss``. ``peak_memory`` is in bytes, of this process.
     """
 
     output: Path
     steps: int
     examples: int
     truncated: int
+    skipped: int
     tokens: int
     trainable_parameters: int
     first_loss: float

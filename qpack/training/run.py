@@ -24,6 +24,7 @@ from qpack.training.distributed import Processes
 from qpack.training.metrics import METRICS_NAME, recording
 from qpack.training.report import Event, Listener, RunBegin, Sample, StepLog, TrainReport
 from qpack.training.settings import TrainSettings
+from qpack.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from qpack.training.loop import AdapterTrainer
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("qpack", "torch", "transformers", "peft", "bitsandbytes")
 """Whose versions an adapter depends on and its record holds: the arithmetic is theirs."""
 
-WITHOUT_EFFECT = ("save_steps", "keep", "fsdp", "samples")
+WITHOUT_EFFECT = ("save_steps", "keep", "fsdp", "samples", "report_to")
 """Settings that leave the adapter as it is."""
 
 CHECKPOINTS_NAME = ".checkpoints"
@@ -83,13 +84,14 @@ def train(
         CheckpointError: the base is not a packed checkpoint or cannot be loaded.
         DataError: the data cannot be used; the message names file and line.
         OutputExistsError: the output exists and ``force`` was not given, or it is not an adapter.
-        TrainingError: the loss or a gradient is no longer finite, memory does not suffice for one sequence, or the run
-            is shorter than its warm-up.
+        TrainingError: the loss or a gradient is no longer finite, memory does not suffice for one sequence, the run is
+            shorter than its warm-up, or a tracker is not installed.
     """
     listeners = [*filter(None, [on_event, _progress(on_progress) if on_progress else None])]
     processes = Processes.launched()
     if settings.fsdp and processes.size == 1:
         raise TrainingError("fsdp: there is one process; start several with torchrun --nproc-per-node N -m qpack train")
+    require_trackers(settings.report_to)
     with processes.joined():
         return _train(Path(base), data, eval_data, Path(output), settings, processes, force, listeners)
 
@@ -161,6 +163,7 @@ def _train(
                     held_out=evaluation.examples if evaluation else (),
                     trainer_class=_trainer_class(settings),
                     directory=checkpoints,
+                    name=output.resolve().name,
                     processes=processes,
                     listeners=[metrics, *listeners] if processes.first else (),
                 )
@@ -178,6 +181,7 @@ def _train(
             steps=len(steps.losses),
             examples=len(dataset.examples),
             truncated=dataset.truncated,
+            skipped=len(dataset.skipped),
             tokens=steps.tokens,
             trainable_parameters=model.num_parameters(only_trainable=True),
             first_loss=steps.losses[0],

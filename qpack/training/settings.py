@@ -6,7 +6,7 @@ linear layers, dropout 0.05, learning rate 2e-4 held constant, gradient norm 0.3
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ METHODS = ("sft", "dpo")
 
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch")
 """The optimizers offered, by the names that transformers gives them."""
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Where a run can be reported to."""
 
 SCHEDULERS = ("constant_with_warmup", "linear", "cosine")
 """The learning-rate schedules offered: each one honours ``warmup_steps`` (plain ``constant`` would ignore it)."""
@@ -67,6 +70,7 @@ class TrainSettings:
         beta: how dear it is to DPO to leave the base: a reward is ``beta`` times a log-probability gained over it.
         fsdp: of several processes each holds a part of the base, not all of it.
         samples: prompts of the data that base and adapter answer when training is done, for report.html.
+        report_to: trackers that show the run, any of :data:`TRACKERS`.
         seed: decides the initial adapter, the order of the data and the dropout.
     """
 
@@ -105,6 +109,7 @@ class TrainSettings:
     beta: float = 0.1
     fsdp: bool = False
     samples: int = 2
+    report_to: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -207,6 +212,13 @@ def _file(name: str, value: Any) -> None:
         raise DataError(f"{name}: expected the path of a file, found {value!r}")
 
 
+def _trackers(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{name}: expected a list of {', '.join(TRACKERS)}, found {value!r}")
+    for one in value:
+        _choice(TRACKERS)(name, one)
+
+
 def _targets(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         raise DataError(f"{name}: expected all-linear, names or a regular expression, found {value!r}")
@@ -245,4 +257,5 @@ _CHECKS: dict[str, Check] = {
     "optim": _choice(OPTIMIZERS),
     "lr_scheduler": _choice(SCHEDULERS),
     "chat_template": _file,
+    "report_to": _trackers,
 }

@@ -43,6 +43,8 @@ from qpack.training import TrainSettings, load_settings
         ("early_stopping", 0, "early_stopping: expected at least 1, found 0"),
         ("keep", 0, "keep: expected at least 1, found 0"),
         ("chat_template", 3, "chat_template: expected the path of a file, found 3"),
+        ("report_to", "wandb", "report_to: expected a list of tensorboard, wandb, mlflow, found 'wandb'"),
+        ("report_to", ["comet"], "report_to: expected one of tensorboard, wandb, mlflow, found 'comet'"),
         ("seed", -1, "seed: expected at least 0, found -1"),
     ],
 )

@@ -31,7 +31,7 @@ class Run:
 def page(run: Run) -> str:
     """The page."""
     steps = [row for row in run.metrics if "loss" in row]
-    sections = [_tiles(run.report), _loss(run.metrics, steps), _rate(steps)]
+    sections = [_tiles(run.report), _loss(run.metrics, steps), _rate(steps), _memory(steps)]
     if run.samples:
         sections.append(_samples(run.samples))
     sections += [_data(run), _settings(run.record)]
@@ -92,6 +92,12 @@ def _rate(steps: Sequence[Mapping[str, Any]]) -> str:
     return section("rate", "Learning rate", figure(series, what="Learning rate"))
 
 
+def _memory(steps: Sequence[Mapping[str, Any]]) -> str:
+    series = [Series("memory", [(row["step"], row["memory"] / 10**9) for row in steps])]
+    text = "In GB, the most that the process had taken up to each step."
+    return section("memory", "Memory", figure(series, what="Memory in GB"), text)
+
+
 def _samples(samples: Sequence[Sample]) -> str:
     parts = []
     for sample in samples:
@@ -105,7 +111,12 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 
 def _data(run: Run) -> str:
-    seen = {"cut at max length": run.report.truncated, "tokens seen": f"{run.report.tokens:,}"}
+    report = run.report
+    seen = {
+        "cut at max length": report.truncated,
+        "skipped rows": report.skipped,
+        "tokens seen": f"{report.tokens:,}",
+    }
     return section("data", "Data", pairs(_shown({**run.record.data, **seen})))
 
 
