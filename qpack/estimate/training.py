@@ -8,13 +8,13 @@ With n = r * (out_features + in_features) for a weight, and c the bytes of a val
   fewer than 4096 elements. Of a paged optimizer, what has 10**5 elements or more can be paged.
 - activations: what autograd keeps of a layer for each token, see `saved_in_layer`, for all layers; with checkpointing
   c * hidden_size for each layer, and in the backward all of one layer, which is computed again.
-- logits: 12 bytes by token and vocabulary: log-softmax, its gradient and that of the logits, in f32
-  (`ForCausalLMLoss`). They are gone when the layers' backward begins: the peak is at the loss, with logits, or in the
-  first layer's backward, with the gradients of what is inside it.
+- logits: by token and vocabulary 8 bytes, and c more in 16 bits: the logits, themselves in f32, and their log-softmax;
+  of `LOGITS_AT_A_TIME` of them at most (`qpack.training.log_probs`). They are gone when the layers' backward begins:
+  the peak is at the loss, with logits, or in the first layer's backward, with the gradients of what is inside it.
 - workspace: the largest weight dequantized, and an allowance for what is not the model's.
 
 Sources: QLoRA, arXiv 2305.14314; activation checkpointing, arXiv 2205.05198, section 5; transformers 5.19
-(``models/llama``, ``integrations/sdpa_attention.py``, ``loss/loss_utils.py``); PEFT 0.21 (``tuners/lora/bnb.py``);
+(``models/llama``, ``integrations/sdpa_attention.py``); PEFT 0.21 (``tuners/lora/bnb.py``);
 bitsandbytes 0.50 (``optim/optimizer.py``, ``autograd/_functions.py``: a frozen weight keeps nothing of its input).
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from qpack.estimate.device import Device
 from qpack.estimate.model import Model
 from qpack.estimate.need import Need
-from qpack.training.settings import TrainSettings, checkpointing
+from qpack.training.settings import LOGITS_AT_A_TIME, TrainSettings, checkpointing
 
 _PAGED_ELEMENTS = 10**5
 """Optimizer state of a smaller parameter is never paged (bitsandbytes, ``get_state_buffer``)."""
@@ -71,18 +71,19 @@ def training(model: Model, run: Run = _ONE_SEQUENCE, device: Device = _GPU) -> N
     c, tokens = device.value_bytes, run.batch * run.length
     sides = [run.r * side for shape in model.linears.values() for side in shape]  # elements of B and of A
     states = {elements: _optimizer_bytes(elements, run.optimizer_bits) for elements in set(sides)}
-    layer, head = saved_in_layer(model, run, device), 12 * model.vocab_size
+    layer = saved_in_layer(model, run, device)
+    logits = (8 + (c if c == 2 else 0)) * min(tokens * model.vocab_size, LOGITS_AT_A_TIME)
     inputs = c * model.hidden_size * model.layers
     forward = inputs if run.checkpointing else layer * model.layers
     backward = (inputs + layer if run.checkpointing else forward) + _gradients(model, run, device)
-    at_loss = forward + head >= backward
+    at_loss = tokens * forward + logits >= tokens * backward
     parts = {
         "weights": model.bytes(kept=c),
         "adapters": 4 * sum(sides),
         "gradients": 4 * sum(sides),
         "optimizer": sum(states[elements] for elements in sides),
         "activations": tokens * (forward if at_loss else backward),
-        "logits": tokens * head if at_loss else 0,
+        "logits": logits if at_loss else 0,
         "workspace": c * model.largest + device.allowance,
     }
     pageable = sum(states[elements] for elements in sides if elements >= _PAGED_ELEMENTS) if run.paged else 0

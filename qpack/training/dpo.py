@@ -14,7 +14,7 @@ model sees (2 * pairs, tokens).
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -67,6 +67,7 @@ class PreferenceTrainer(AdapterTrainer):
     """`AdapterTrainer` on pairs of answers."""
 
     collate: Callable[[Sequence[Any]], Batch] = staticmethod(collate_pairs)
+    give: Callable[[PreTrainedModel], None] = staticmethod(give_log_probs)
 
     @staticmethod
     def length(example: Preference) -> int:
@@ -79,10 +80,9 @@ class PreferenceTrainer(AdapterTrainer):
         return len(batch["labels"])
 
     def __init__(self, model: PeftModel, *args: Any, **kwargs: Any) -> None:
-        """Let the model give log-probabilities instead of logits."""
+        """Keep the model that the reference is a part of."""
         super().__init__(model, *args, **kwargs)
         self.adapted = model
-        give_log_probs(cast(PreTrainedModel, model.get_base_model()))
         self.model_accepts_loss_kwargs = True  # our loss is told the number of pairs, whatever the model takes
         self.rewards: list[torch.Tensor] = []
 

@@ -24,13 +24,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qpack.data import IGNORED
@@ -41,6 +49,7 @@ from qpack.training.batches import Batch, Order, collate, cut
 from qpack.training.checkpoints import Checkpoints
 from qpack.training.compute import Compute
 from qpack.training.distributed import Processes
+from qpack.training.log_probs import give_loss
 from qpack.training.memory import peak_memory
 from qpack.training.model import require_float32_adapter
 from qpack.training.paging import page_again
@@ -179,6 +188,8 @@ class AdapterTrainer(Trainer):
 
     collate: Callable[[Sequence[Any]], Batch] = staticmethod(collate)
     """Makes a batch of examples."""
+    give: Callable[[PreTrainedModel], None] = staticmethod(give_loss)
+    """Makes the base give, for labels, what the loss is computed from, without its logits."""
 
     def __init__(
         self,
@@ -203,6 +214,7 @@ class AdapterTrainer(Trainer):
         )
         self.passes: list[Pass] = []
         self.began = time.perf_counter()
+        self.give(cast(PreTrainedModel, model.get_base_model()))
         super().__init__(
             model=model,
             args=args,

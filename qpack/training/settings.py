@@ -26,6 +26,9 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 SCHEDULERS = ("constant_with_warmup", "linear", "cosine")
 """The learning-rate schedules offered: each one honours ``warmup_steps`` (plain ``constant`` would ignore it)."""
 
+LOGITS_AT_A_TIME = 1 << 25
+"""How many logits the loss is computed from at a time; enough for products with the head to be at full speed."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 import qpack
 from qpack.errors import TrainingError
 from qpack.training import Event, StepLog, TrainReport, TrainSettings, train
+from qpack.training.compute import Compute
 from qpack.training.distributed import Processes
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="compared with a run of one process, on a CPU")
@@ -53,22 +55,25 @@ def together(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     return first[0], first[1]
 
 
+def run_in_float32(*arguments: Any) -> tuple[TrainReport, list[float]]:
+    """`run` as on a processor that has no bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qpack.training.compute.choose_compute", lambda: Compute("cpu", torch.float32))
+        return run(*arguments)
+
+
 @on_cpu
-def test_losses_are_those_of_one_process(
-    together: tuple[TrainReport, list[float]], base: Path, data: Path, tmp_path: Path
-) -> None:
-    report, losses = together
-    alone, expected = run(base, data, tmp_path / "alone", replace(SETTINGS, batch_size=4))
+def test_losses_and_adapter_are_those_of_one_process(base: Path, data: Path, tmp_path: Path) -> None:
+    (report, losses), _ = run_together(run_in_float32, base, data, tmp_path / "together", SETTINGS)
+    alone, expected = run_in_float32(base, data, tmp_path / "alone", replace(SETTINGS, batch_size=4))
     assert report.tokens == alone.tokens
-    # Sums over a batch are in another order, in the compute dtype.
-    tolerance = 1e-5 if alone.compute_dtype == "float32" else 5e-3
-    assert losses == pytest.approx(expected, rel=tolerance)
+    # Sums over a batch are in another order. Seen: 1e-7 of a loss, and 1e-6 of a weight after four steps of 1e-3, 0.1 %
+    # of them; in bfloat16 they part as steps go on, since Adam takes a step of lr where the gradient is but rounding.
+    assert losses == pytest.approx(expected, rel=2e-6)
     mine, theirs = load_file(alone.output / WEIGHTS), load_file(report.output / WEIGHTS)
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
-        # Adam's first steps are near lr whatever the gradient: where that is all but zero, its sign may differ.
-        different = ((tensor - theirs[name]).abs() > 1e-4).float().mean()
-        assert different < 0.02, name
+        assert ((tensor - theirs[name]).abs() > 1e-5).float().mean() < 1e-3, name
 
 
 @on_cpu

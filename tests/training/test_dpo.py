@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from families import FAMILIES, Largest, of_family
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from processes import run_together
 from runs import finish, kill
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qpack.data import IGNORED, Example, Preference
@@ -102,46 +102,18 @@ def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> Preferenc
     return Preference(chosen=side(chosen), rejected=side(rejected))
 
 
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_chunk_size": 16}
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most elements that any tensor has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
-@pytest.mark.parametrize(
-    ("family", "special"),
-    [
-        ("llama", {}),
-        ("gemma2", {"final_logit_softcapping": 2.0, "head_dim": 32}),
-        ("granite", {"logits_scaling": 8.0}),
-        ("cohere", {"logit_scale": 0.25}),
-        ("falcon_h1", {"lm_head_multiplier": 0.5, **MAMBA}),
-    ],
-)
+@pytest.mark.parametrize(("family", "special"), FAMILIES)
 def test_log_probs_in_pieces_are_those_of_whole_logits(
     family: str, special: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.5}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **tokens, **special))
+    model = of_family(family, special)
     ids = torch.randint(1, 4096, (3, 64))
     labels = ids.where(torch.arange(64) > torch.tensor([[3], [9], [14]]), IGNORED)
     expected = whole_log_probs(model(input_ids=ids).logits, labels)
     weight = model.get_input_embeddings().weight
     (gradient,) = torch.autograd.grad(expected.sum(), weight)
 
-    monkeypatch.setattr(log_probs, "PIECE", 4 * 4096)
+    monkeypatch.setattr(log_probs, "LOGITS_AT_A_TIME", 4 * 4096)
     give_log_probs(model)
     largest = Largest()  # type: ignore[no-untyped-call]
     with caplog.at_level(logging.WARNING), largest:
