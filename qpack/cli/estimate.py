@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from qpack.cli.options import DIRECTORY, Size, verbosity
-from qpack.cli.train import _setting as setting
+from qpack.cli.options import DIRECTORY, Size, setting, verbosity
 
 
 @click.command()

@@ -26,6 +26,15 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+def setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
+    """An option for one of TrainSettings' fields; None, so not given, leaves the field to file or default."""
+    from qpack.training import TrainSettings
+
+    default = TrainSettings.__dataclass_fields__[flag.removeprefix("--").replace("-", "_")].default
+    shown = "" if default is None else f"  [default: {default}]"
+    return click.option(flag, type=type, help=help + shown)
+
+
 def verbosity(command: Command) -> Command:
     """Add ``-v`` and ``-q``: what is logged, and whether progress is shown. The command gets ``quiet``."""
 

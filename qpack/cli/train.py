@@ -7,17 +7,8 @@ from typing import Any
 import click
 
 import qpack
-from qpack.cli.options import DIRECTORY, Command, force, verbosity
+from qpack.cli.options import DIRECTORY, Command, force, setting, verbosity
 from qpack.training.settings import TRACKERS
-
-
-def _setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
-    """An option for one of TrainSettings' fields; None, so not given, leaves the field to file or default."""
-    from qpack.training import TrainSettings
-
-    default = TrainSettings.__dataclass_fields__[flag.removeprefix("--").replace("-", "_")].default
-    shown = "" if default is None else f"  [default: {default}]"
-    return click.option(flag, type=type, help=help + shown)
 
 
 def _switch(flag: str, help: str) -> Callable[[Command], Command]:
@@ -42,39 +33,40 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 @click.argument("base", type=DIRECTORY)
 @click.argument("data", nargs=-1, required=True)
 @click.option("-o", "--output", type=DIRECTORY, required=True, help="Adapter directory to write.")
-@_setting("--r", int, "Rank of the LoRA factors.")
-@_setting("--lora-alpha", int, "The adapter's output is scaled by lora-alpha / r.")
-@_setting("--lora-dropout", float, "Dropout before the adapter.")
-@_setting("--target-modules", str, "all-linear, names by commas, or a regular expression for full names.")
+@setting("--r", int, "Rank of the LoRA factors.")
+@setting("--lora-alpha", int, "The adapter's output is scaled by lora-alpha / r.")
+@setting("--lora-dropout", float, "Dropout before the adapter.")
+@setting("--target-modules", str, "all-linear, names by commas, or a regular expression for full names.")
 @_pattern("--rank-pattern", "Another rank for the modules that match; repeatable.")
 @_pattern("--alpha-pattern", "Another lora-alpha for the modules that match; repeatable.")
 @_switch("--use-rslora", "Scale by lora-alpha / sqrt(r).")
 @_switch("--use-dora", "DoRA: learn the magnitude of rows apart.")
+@setting("--loraplus-lr-ratio", float, "LoRA+: the rate of B matrices, as a multiple of lr.")
 @_switch("--gradient-checkpointing", "Compute activations again instead of keeping them.  [default: on a GPU]")
-@_setting("--lr", float, "Peak learning rate.")
-@_setting("--epochs", float, "Passes over the data.")
-@_setting("--max-steps", int, "Optimizer steps, instead of epochs.")
-@_setting("--batch-size", int, "Sequences in a forward pass.")
-@_setting("--grad-accum", int, "Forward passes in an optimizer step.")
-@_setting("--max-length", int, "Longest sequence, in tokens.")
+@setting("--lr", float, "Peak learning rate.")
+@setting("--epochs", float, "Passes over the data.")
+@setting("--max-steps", int, "Optimizer steps, instead of epochs.")
+@setting("--batch-size", int, "Sequences in a forward pass.")
+@setting("--grad-accum", int, "Forward passes in an optimizer step.")
+@setting("--max-length", int, "Longest sequence, in tokens.")
 @_switch("--packing", "Fill every sequence up to max-length with short ones.")
 @_switch("--group-by-length", "Make batches of sequences of like length (the default).")
-@_setting("--format", str, "Format of every row, if its fields do not tell.")
-@_setting("--loss", str, "Tokens of a conversation to learn: assistant or all.")
-@_setting("--chat-template", str, "Jinja file to use instead of the model's chat template.")
-@_setting("--on-bad-row", str, "fail or skip.")
-@_setting("--optim", str, "Optimizer, by transformers' name.")
-@_setting("--weight-decay", float, "AdamW's weight decay.")
-@_setting("--eval-split", float, "Share of the data to hold out for evaluation.")
+@setting("--format", str, "Format of every row, if its fields do not tell.")
+@setting("--loss", str, "Tokens of a conversation to learn: assistant or all.")
+@setting("--chat-template", str, "Jinja file to use instead of the model's chat template.")
+@setting("--on-bad-row", str, "fail or skip.")
+@setting("--optim", str, "Optimizer, by transformers' name.")
+@setting("--weight-decay", float, "AdamW's weight decay.")
+@setting("--eval-split", float, "Share of the data to hold out for evaluation.")
 @click.option("--eval-data", multiple=True, help="DATA for evaluation; may be given more than once.")
-@_setting("--eval-steps", int, "Steps between two evaluations; by default a tenth of the run.")
-@_setting("--early-stopping", int, "Stop after so many evaluations without a new best one.")
-@_setting("--save-steps", int, "Steps between two checkpoints; by default a twentieth of the run, at most 100.")
-@_setting("--keep", int, "Checkpoints that stay while the run lasts.")
-@_setting("--method", str, "sft: learn the answers; dpo: prefer one of two.")
-@_setting("--beta", float, "DPO: how dear it is to leave the base.")
+@setting("--eval-steps", int, "Steps between two evaluations; by default a tenth of the run.")
+@setting("--early-stopping", int, "Stop after so many evaluations without a new best one.")
+@setting("--save-steps", int, "Steps between two checkpoints; by default a twentieth of the run, at most 100.")
+@setting("--keep", int, "Checkpoints that stay while the run lasts.")
+@setting("--method", str, "sft: learn the answers; dpo: prefer one of two.")
+@setting("--beta", float, "DPO: how dear it is to leave the base.")
 @_switch("--fsdp", "Of several processes each holds a part of the base.")
-@_setting("--samples", int, "Prompts that base and adapter answer for report.html.")
+@setting("--samples", int, "Prompts that base and adapter answer for report.html.")
 @click.option(
     "--report-to",
     type=click.Choice(TRACKERS),
@@ -82,7 +74,7 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
     callback=lambda context, param, values: values or None,
     help="Show the run in a tracker too; repeatable.",
 )
-@_setting("--seed", int, "Seed of initial adapter, data order and dropout.")
+@setting("--seed", int, "Seed of initial adapter, data order and dropout.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings; flags take precedence.")
 @force
 @verbosity

@@ -50,6 +50,7 @@ from qpack.training.checkpoints import Checkpoints
 from qpack.training.compute import Compute
 from qpack.training.distributed import Processes
 from qpack.training.log_probs import give_loss
+from qpack.training.loraplus import raise_rate_of_b
 from qpack.training.memory import peak_memory
 from qpack.training.model import require_float32_adapter
 from qpack.training.paging import page_again
@@ -253,6 +254,14 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self.order
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer, with a rate of their own for the B matrices if the settings give them one."""
+        adapted: Any = self.model
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        if ratio := self.settings.loraplus_lr_ratio:
+            raise_rate_of_b(made, adapted, ratio)
+        return made
 
     def begin_step(self) -> None:
         """Forget the last step."""

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from qpack.errors import CheckpointError, TrainingError
 from qpack.loading.model import load
 from qpack.training.compute import Compute
-from qpack.training.settings import TrainSettings
+from qpack.training.settings import TrainSettings, names_in
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
@@ -53,7 +53,7 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     Raises:
         TrainingError: a name or a pattern matches no linear layer of the model.
     """
-    names = _names(settings.target_modules)
+    names = names_in(settings.target_modules)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -81,11 +81,6 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
         # PEFT resolves the targets to a set, which would be saved in a different order in every process.
         config.target_modules = sorted(config.target_modules or ())
     return adapted
-
-
-def _names(targets: str) -> list[str]:
-    """The names that ``target_modules`` lists; none if it is ``all-linear`` or a regular expression."""
-    return targets.split(",") if targets != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", targets) else []
 
 
 def _require_match(setting: str, given: str, pattern: str, modules: Sequence[str], *, whole: bool = False) -> None:

@@ -39,11 +39,12 @@ class TrainSettings:
         lora_alpha: the adapter's output is scaled by ``lora_alpha / r``.
         lora_dropout: share of the adapter's inputs dropped while training.
         target_modules: what LoRA is put on: ``all-linear`` (but for the output head), names of modules separated by
-            commas (``q_proj,v_proj``), or a regular expression for their full names.
+            commas (``q_proj,v_proj``) or in a list, or a regular expression for their full names.
         rank_pattern: other ranks than ``r``, by a regular expression for the end of a module's name.
         alpha_pattern: other values than ``lora_alpha``, likewise.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
         use_dora: learn the magnitude of every row of a weight apart from its direction (arXiv 2402.09353); slower.
+        loraplus_lr_ratio: LoRA+ (arXiv 2402.12354): how many times ``lr`` the rate of every B matrix is. None: 1.
         gradient_checkpointing: keep only the inputs of the layers and compute the rest again in the backward pass.
             None: on a GPU; on a CPU memory is rarely what runs out, and recomputing costs a third.
         lr: peak learning rate.
@@ -85,6 +86,7 @@ class TrainSettings:
     alpha_pattern: Mapping[str, int] = field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+    loraplus_lr_ratio: float | None = None
     gradient_checkpointing: bool | None = None
     lr: float = 2e-4
     lr_scheduler: str = "constant_with_warmup"
@@ -117,6 +119,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse wrong types and values out of range; a field may be None where that is its default."""
+        # The way of a frozen dataclass to hold what its checks have worked out.
+        object.__setattr__(self, "target_modules", _joined(self.target_modules))
         for setting in fields(self):
             value = getattr(self, setting.name)
             if value is not None or setting.default is not None:
@@ -125,6 +129,11 @@ class TrainSettings:
             raise DataError("packing: not for method 'dpo', which compares sequences with each other")
         if self.fsdp and self.use_dora:
             raise DataError("use_dora: needs whole weights for their norms, which no process has with fsdp")
+
+
+def names_in(text: str) -> list[str]:
+    """The names of modules in a text such as ``q_proj,v_proj``; none if it is something else."""
+    return re.split(r"\s*,\s*", text.strip()) if _NAMES.fullmatch(text) else []
 
 
 def checkpointing(settings: TrainSettings, device: str) -> bool:
@@ -171,6 +180,16 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise DataError(f"{path}: expected 'field: value' lines, found a {type(values).__name__}")
     return values
+
+
+_NAMES = re.compile(r"\s*[\w.]+(\s*,\s*[\w.]+)*\s*")
+
+
+def _joined(value: Any) -> Any:
+    """A list of names, or a text with spaces between them, as the text that `names_in` takes; all else as it is."""
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        value = ",".join(value)
+    return ",".join(names_in(value)) or value if isinstance(value, str) else value
 
 
 Check = Callable[[str, Any], None]
@@ -251,6 +270,7 @@ _CHECKS: dict[str, Check] = {
     "target_modules": _targets,
     "max_length": _integer(minimum=2),  # one token to read, one to predict
     "lora_dropout": _number(lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+    "loraplus_lr_ratio": _number(lambda value: value >= 1, "at least 1"),
     "weight_decay": _number(lambda value: value >= 0, "at least 0"),
     "eval_split": _number(lambda value: 0 < value < 1, "more than 0 and less than 1"),
     "format": _choice(FORMATS),

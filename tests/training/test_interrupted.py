@@ -15,16 +15,19 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA kernels 
 BASE = TrainSettings(r=4, lora_dropout=0.1, lr=1e-3, batch_size=2, epochs=2.0, save_steps=2)
 """Two epochs of eight steps; dropout draws random numbers in each, so a state that is off by one draw shows."""
 
+PLUS = replace(BASE, loraplus_lr_ratio=4.0)
+"""LoRA+, whose optimizers have more groups of parameters."""
+
 
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
         (replace(BASE, optim="paged_adamw_8bit"), 16),  # its unpaged twin, on a CPU
-        (replace(BASE, optim="paged_adamw_32bit", lr_scheduler="cosine", warmup_steps=3, weight_decay=0.1), 16),
-        (replace(BASE, optim="adamw_torch", grad_accum=3, lr_scheduler="linear"), 6),  # 3 does not divide the epoch
+        (replace(PLUS, optim="paged_adamw_32bit", lr_scheduler="cosine", warmup_steps=3, weight_decay=0.1), 16),
+        (replace(PLUS, optim="adamw_torch", grad_accum=3, lr_scheduler="linear"), 6),  # 3 does not divide the epoch
         # Two of the twelve sequences that are not held out fit in a pack.
         (
-            replace(BASE, optim="adamw_8bit", packing=True, max_length=70, batch_size=1, eval_split=0.25, eval_steps=4),
+            replace(PLUS, optim="adamw_8bit", packing=True, max_length=70, batch_size=1, eval_split=0.25, eval_steps=4),
             12,
         ),
     ],

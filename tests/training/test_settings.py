@@ -33,7 +33,9 @@ from qpack.training import TrainSettings, load_settings
         ("fsdp", "yes", "fsdp: expected true or false, found 'yes'"),
         ("use_dora", 1, "use_dora: expected true or false, found 1"),
         ("gradient_checkpointing", "on", "gradient_checkpointing: expected true or false, found 'on'"),
-        ("target_modules", ["q_proj"], "target_modules: expected all-linear, names or a regular expression, found ["),
+        ("target_modules", [3], "target_modules: expected all-linear, names or a regular expression, found [3]"),
+        ("target_modules", [], "target_modules: expected all-linear, names or a regular expression, found ''"),
+        ("loraplus_lr_ratio", 0.5, "loraplus_lr_ratio: expected at least 1, found 0.5"),
         ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj']: expected at least 1, found 0"),
         ("alpha_pattern", {"(": 1}, "alpha_pattern: '(' is not a regular expression: "),
         ("alpha_pattern", 8, "alpha_pattern: expected regular expressions with a number each, found 8"),
@@ -52,6 +54,14 @@ def test_impossible_value_is_refused(field: str, value: Any, message: str) -> No
     with pytest.raises(DataError) as error:
         TrainSettings(**{field: value})
     assert str(error.value).startswith(message)
+
+
+def test_names_are_a_list_or_stand_between_commas(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    for text in ("q_proj,v_proj", '" q_proj ,  v_proj"', "[q_proj, v_proj]", "\n- q_proj\n- v_proj"):
+        path.write_text(f"target_modules: {text}\n")
+        assert load_settings(path) == TrainSettings(target_modules="q_proj,v_proj"), text
+    assert TrainSettings(target_modules=r".*\.(up|down)_proj").target_modules == r".*\.(up|down)_proj"
 
 
 def test_file_and_overrides(tmp_path: Path) -> None:
