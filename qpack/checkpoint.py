@@ -81,6 +81,11 @@ class Checkpoint:
         shapes = {name: info.shape for name, info in self.tensors.items() if name not in parts}
         return shapes | {name: info.shape for name, info in self.packed.items()}
 
+    @cached_property
+    def files(self) -> Mapping[str, Path]:
+        """The file of every tensor."""
+        return {info.name: shard for shard in self.shards for info in read_header(shard)}
+
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, headers not counted."""

@@ -6,6 +6,7 @@ layout and rounding: bitsandbytes 0.50, ``functional.quantize_4bit`` on a CPU, d
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
@@ -80,6 +81,21 @@ class QuantizedWeight:
             state["nested_offset"] = self.nested_offset
         tensors[".quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
         return {name + suffix: array for suffix, array in tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, name: str, tensors: "Mapping[str, NDArray[Any]]") -> "QuantizedWeight":
+        """The weight ``name`` out of what `tensors` makes of it and bitsandbytes stores, the codes as bytes."""
+        state = json.loads(tensors[name + _core.SUFFIXES[-1]].tobytes())
+        return cls(
+            tensors[name].reshape(-1),
+            tensors[f"{name}.absmax"],
+            tuple(state["shape"]),
+            state["dtype"],
+            state["blocksize"],
+            tensors.get(f"{name}.nested_absmax"),
+            tensors.get(f"{name}.nested_quant_map"),
+            state.get("nested_offset", 0.0),
+        )
 
 
 def quantize(

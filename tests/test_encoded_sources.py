@@ -24,7 +24,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qpack
+from qpack.adapters.record import Base
+from qpack.checkpoint import Checkpoint
 from qpack.errors import CheckpointError
+from qpack.loading.weights import Original, read_packed
 from qpack.manifest import Manifest
 
 Tensors = dict[str, torch.Tensor]
@@ -217,6 +220,17 @@ def test_verify_against_the_source_is_clean(made: Made) -> None:
     recorded = Manifest.read(made.packed).errors
     for name, error in found.errors.items():
         assert error.relative == pytest.approx(recorded[name].relative, rel=1e-3)
+
+
+def test_one_weight_is_read_as_it_was_and_as_it_is_packed(made: Made) -> None:
+    base = Checkpoint.open(made.packed)
+    original = Original.open(made.source, base)
+    original.require_origin(Base.of(base))
+    errors = Manifest.read(made.packed).errors
+    for name, tensor in made.expected.items():
+        assert torch.equal(original.read(name), tensor.float()), name
+        error = (read_packed(base, name) - tensor.float()).norm() / tensor.float().norm()
+        assert error.item() == pytest.approx(errors[name].relative, rel=1e-4)
 
 
 def test_a_flipped_bit_of_the_source_is_named(made: Made, tmp_path: Path) -> None:

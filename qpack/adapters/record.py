@@ -135,6 +135,21 @@ def check_original(adapter: Path, source: Path, digest: str, *, force: bool = Fa
     _refuse(f"{adapter}: was trained on {packed}, not from {source} with {digest[:_DIGITS]}", force=force)
 
 
+def refuse_correction(adapters: Iterable[Path], *, force: bool = False) -> None:
+    """Refuse adapters that begin by correcting what packing lost: onto the original that would be added once more.
+
+    Raises:
+        AdapterError: naming the adapter.
+    """
+    for adapter in adapters:
+        record = Record.find(adapter)
+        if record is not None and record.settings.get("init_from_error"):
+            _refuse(
+                f"{adapter}: was trained with init_from_error, so that it corrects the packed base; merge it onto that",
+                force=force,
+            )
+
+
 def _refuse(message: str, *, force: bool) -> None:
     if not force:
         raise AdapterError(f"{message} (--force takes it all the same)")

@@ -41,6 +41,7 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 @_pattern("--alpha-pattern", "Another lora-alpha for the modules that match; repeatable.")
 @_switch("--use-rslora", "Scale by lora-alpha / sqrt(r).")
 @_switch("--use-dora", "DoRA: learn the magnitude of rows apart.")
+@setting("--init-from-error", str, "Directory that BASE was packed from: begin by correcting what packing lost.")
 @setting("--loraplus-lr-ratio", float, "LoRA+: the rate of B matrices, as a multiple of lr.")
 @_switch("--gradient-checkpointing", "Compute activations again instead of keeping them.  [default: on a GPU]")
 @setting("--lr", float, "Peak learning rate.")

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 from qpack import _core
 from qpack.adapters.adapter import Adapter
 from qpack.adapters.changes import AnyChange, Change
-from qpack.adapters.record import check_base, check_original
+from qpack.adapters.record import check_base, check_original, refuse_correction
 from qpack.adapters.trained import Changes, changes, input_embedding
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
@@ -244,6 +244,8 @@ def _prepare(
     if original is not None and onto.packed:
         raise CheckpointError(f"{onto.directory}: is packed, expected the checkpoint that the base was packed from")
     check_base((adapter.path for adapter, _ in opened), checkpoint, force=force)
+    if original is not None:
+        refuse_correction((adapter.path for adapter, _ in opened), force=force)
     turned = _transposed(onto)
     read_as = set(turned) - set(onto.packed)
     found = [changes(adapter, onto, read_as, weight=weight) for adapter, weight in opened]

@@ -19,7 +19,9 @@ from qpack.data import DataOptions, Dataset, Rows, encode, encode_preferences, r
 from qpack.data.reading import Arguments
 from qpack.errors import DataError, TrainingError
 from qpack.loading.base import require_packed
+from qpack.loading.weights import Original
 from qpack.output import resumable_directory
+from qpack.training.checkpoints import Checkpoints
 from qpack.training.distributed import Processes
 from qpack.training.metrics import METRICS_NAME, recording
 from qpack.training.report import Event, Listener, RunBegin, Sample, StepLog, TrainReport
@@ -111,9 +113,11 @@ def _train(
     dpo = settings.method == "dpo"
 
     identity, (rows, held_out) = processes.once(
-        lambda: (Base.of(require_packed(base)), _read(data, eval_data, options, settings))
+        lambda: (_identify(base, settings), _read(data, eval_data, options, settings))
     )
     inputs = [base, *rows.paths, *(held_out.paths if held_out else ())]
+    if settings.init_from_error:
+        inputs.append(Path(settings.init_from_error))
     with processes.shared(
         lambda: resumable_directory(output, force=force, marker=ADAPTER_CONFIG_NAME, inputs=inputs)
     ) as work:
@@ -125,6 +129,7 @@ def _train(
             from qpack.loading.adapters import save_adapter
             from qpack.reports.training import REPORT_NAME, Run, page
             from qpack.training.compute import choose_compute
+            from qpack.training.from_error import begin_from_error
             from qpack.training.loop import fit, optimizer_for
             from qpack.training.memory import peak_memory
             from qpack.training.model import add_lora, load_base, load_tokenizer
@@ -154,6 +159,10 @@ def _train(
             )
             processes.once(lambda: work.begin(_inputs(record, processes)))
             checkpoints = work.directory / CHECKPOINTS_NAME
+            if settings.init_from_error and not Checkpoints(checkpoints, settings.keep).steps():
+                source = Path(settings.init_from_error)
+                # Of several processes the first is enough: its adapter is sent to the others.
+                processes.once(lambda: begin_from_error(model, base, source, compute.device))
             with recording(work.directory / METRICS_NAME, checkpoints) as metrics:
                 steps = fit(
                     model,
@@ -201,6 +210,15 @@ def _train(
             shown = page(Run(report, record, metrics.rows(), samples))
             (work.directory / REPORT_NAME).write_text(shown, encoding="utf-8")
     return report
+
+
+def _identify(base: Path, settings: TrainSettings) -> Base:
+    """Tell which base it is, and that what the settings say of it is so."""
+    checkpoint = require_packed(base)
+    identity = Base.of(checkpoint)
+    if settings.init_from_error:
+        Original.open(Path(settings.init_from_error), checkpoint).require_origin(identity)
+    return identity
 
 
 def _read(

@@ -44,6 +44,8 @@ class TrainSettings:
         alpha_pattern: other values than ``lora_alpha``, likewise.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
         use_dora: learn the magnitude of every row of a weight apart from its direction (arXiv 2402.09353); slower.
+        init_from_error: directory of the checkpoint that the base was packed from: LoRA begins as the best correction
+            of rank ``r`` of what packing has lost. None: as nothing.
         loraplus_lr_ratio: LoRA+ (arXiv 2402.12354): how many times ``lr`` the rate of every B matrix is. None: 1.
         gradient_checkpointing: keep only the inputs of the layers and compute the rest again in the backward pass.
             None: on a GPU; on a CPU memory is rarely what runs out, and recomputing costs a third.
@@ -86,6 +88,7 @@ class TrainSettings:
     alpha_pattern: Mapping[str, int] = field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+    init_from_error: str | None = None
     loraplus_lr_ratio: float | None = None
     gradient_checkpointing: bool | None = None
     lr: float = 2e-4
@@ -127,6 +130,10 @@ class TrainSettings:
                 _CHECKS[setting.name](setting.name, value)
         if self.packing and self.method == "dpo":
             raise DataError("packing: not for method 'dpo', which compares sequences with each other")
+        if self.init_from_error and self.use_dora:
+            raise DataError("use_dora: not with init_from_error, whose norms would be those of another weight")
+        if self.init_from_error and self.method == "dpo":
+            raise DataError("init_from_error: not for method 'dpo', whose reference is the base without it")
         if self.fsdp and self.use_dora:
             raise DataError("use_dora: needs whole weights for their norms, which no process has with fsdp")
 
@@ -241,6 +248,11 @@ def _trackers(name: str, value: Any) -> None:
         _choice(TRACKERS)(name, one)
 
 
+def _directory(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{name}: expected the path of a directory, found {value!r}")
+
+
 def _targets(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         raise DataError(f"{name}: expected all-linear, names or a regular expression, found {value!r}")
@@ -268,6 +280,7 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("fsdp", "packing", "group_by_length", "gradient_checkpointing", "use_rslora", "use_dora"), _flag),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _pattern),
     "target_modules": _targets,
+    "init_from_error": _directory,
     "max_length": _integer(minimum=2),  # one token to read, one to predict
     "lora_dropout": _number(lambda value: 0 <= value < 1, "at least 0 and less than 1"),
     "loraplus_lr_ratio": _number(lambda value: value >= 1, "at least 1"),
