@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     __version__: str
     from qpack.adapters.adapter import Adapter
     from qpack.checkpoint import Checkpoint
-    from qpack.conversion import ConvertOptions, ConvertReport, DryRun, convert, plan_conversion
+    from qpack.conversion import ConvertReport, DryRun, convert, plan_conversion
     from qpack.data.survey import Survey, survey
     from qpack.inspection import Inspection, inspect
     from qpack.loading.model import load
     from qpack.merging.merging import MergePlan, MergeReport, merge, plan_merge
+    from qpack.packing import ConvertOptions
     from qpack.quantization import QuantizedWeight, dequantize, quantize
     from qpack.training import TrainReport, TrainSettings, train
     from qpack.verification import Verification, verify
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "qpack.adapters.adapter",
     "Checkpoint": "qpack.checkpoint",
-    "ConvertOptions": "qpack.conversion",
+    "ConvertOptions": "qpack.packing",
     "ConvertReport": "qpack.conversion",
     "DryRun": "qpack.conversion",
     "Inspection": "qpack.inspection",

@@ -7,84 +7,21 @@ first byte is written; a run that is interrupted goes on with the same command.
 """
 
 import json
-import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qpack import _core
 from qpack.checkpoint import CONFIG_NAME
 from qpack.companions import copy_companions, write_config
-from qpack.errors import CheckpointError, DataError
 from qpack.inspection import Inspection, inspect
-from qpack.manifest import Manifest, WeightError
 from qpack.output import free_bytes, refuse_full_disk, refuse_inputs, resumable_directory
+from qpack.packing import ConvertOptions, PackingJob, Progress
 from qpack.policy import budget, modules
-from qpack.policy.plan import Packing
-from qpack.policy.rules import Rules
-from qpack.sizes import parse_size
 from qpack.sources import Source, open_source
-
-logger = logging.getLogger(__name__)
-
-MODES = ("exact", "best")
-QUANT_STORAGES = ("uint8", "bfloat16", "float16", "float32")
-
-_TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-Progress = Callable[[int, int], object]
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """How to pack.
-
-    Raises:
-        ValueError: for a value that is not legal, naming it.
-    """
-
-    mode: str = "exact"
-    """``exact``: codes and scales of bitsandbytes on a CPU. ``best``: the same format with less error, by searching the
-    scales."""
-    blocksize: int = 64
-    """Weights per block scale."""
-    double_quant: bool = True
-    """Whether the block scales are themselves in 8 bits."""
-    quant_storage: str = "uint8"
-    """Element type that holds the codes; a float type for FSDP, which vLLM's plugin does not read."""
-    rules: Path | str | None = None
-    """TOML file of rules for single tensors, see `qpack.policy.rules`."""
-    target_bits: float | None = None
-    """Bits a weight, on average over the packed weights, to spend where the error is largest; ``blocksize`` and
-    ``double_quant`` then are not used. Reads the source twice."""
-    pack_lm_head: bool = False
-    """Whether to pack the output embedding too, which vLLM does not read."""
-    max_shard_size: int | str = "5GB"
-    """Largest weight file to write."""
-
-    def __post_init__(self) -> None:
-        legal: dict[str, tuple[Any, ...]] = {
-            "mode": MODES,
-            "blocksize": _core.BLOCKSIZES,
-            "quant_storage": QUANT_STORAGES,
-        }
-        for name, values in legal.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, values))}")
-        parse_size(self.max_shard_size)
-
-    @property
-    def max_shard_bytes(self) -> int:
-        """``max_shard_size`` as a number."""
-        return parse_size(self.max_shard_size)
-
-    def record(self) -> dict[str, Any]:
-        """What ``qpack.json`` says of them: values alone, the rules by their text."""
-        rules = None if self.rules is None else Path(self.rules).read_text(encoding="utf-8")
-        return asdict(self) | {"rules": rules, "max_shard_size": self.max_shard_bytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,25 +117,16 @@ def convert(
         opened = open_source(source, work=work.scratch, revision=revision, allow_pickle=allow_pickle, low_disk=low_disk)
         checkpoint = opened.checkpoint
         refuse_inputs(destination, opened.directories)
-        rules = None if options.rules is None else Rules.read(options.rules)
-        plan = _plan(opened, options, rules)
-        if options.target_bits is not None:
-            _choose(opened, options, plan, None)  # refuses now what it would refuse after measuring
-        refuse_full_disk(destination, sum(size for _, size in _files(opened, plan, options)) + _peak(opened, plan))
+        job = PackingJob.prepare(opened, options)
+        refuse_full_disk(destination, sum(size for _, size in _files(job)) + _peak(job))
         text = _inputs_text(opened, options)
         work.begin(text)
-        if options.target_bits is not None:
-            plan = _spend(opened, options, rules, plan, threads=threads or 0, on_progress=on_progress)
-        for recipe in plan.recipes:
-            for part in recipe.parts:
-                if part.packing:
-                    logger.debug("pack %s %s in blocks of %d", part.name, part.shape, part.packing.blocksize)
-                else:
-                    logger.debug("keep %s %s: %s", part.name, part.shape, part.reason)
+        job = job.spend_bits(threads=threads or 0, on_progress=on_progress)
+        job.log()
         written = _core.pack(
             checkpoint.shards,
             work.directory,
-            plan.recipes,
+            job.plan.recipes,
             mode=options.mode,
             quant_storage=options.quant_storage,
             inputs=text,
@@ -208,28 +136,13 @@ def convert(
             on_progress=on_progress,
         )
         copy_companions(opened.companions, work.directory)
-        write_config(work.directory, _config(opened, plan, options))
-        Manifest(
-            version=_core.__version__,
-            options=options.record(),
-            source={
-                "name": opened.name if opened.revision else Path(opened.name).resolve().name,
-                "revision": opened.revision,
-                "digest": written.source_fingerprint,
-                "bytes": checkpoint.tensor_bytes,
-                "tensors": len(checkpoint.tensors),
-            },
-            fingerprint=written.fingerprint,
-            tensors=written.digests,
-            errors={name: WeightError(*error) for name, error in written.errors.items()},
-            kept=plan.kept,
-            transposed=plan.transposed,
-        ).write(work.directory)
+        write_config(work.directory, job.config())
+        job.manifest(written).write(work.directory)
     return ConvertReport(
         source_bytes=checkpoint.tensor_bytes,
         resumed_bytes=written.resumed_bytes,
         result=inspect(destination),
-        foreign=plan.foreign,
+        foreign=job.plan.foreign,
         seconds=time.monotonic() - start,
     )
 
@@ -260,17 +173,14 @@ def plan_conversion(
             source, work=Path(scratch), revision=revision, allow_pickle=allow_pickle, low_disk=low_disk or remote
         )
         refuse_inputs(Path(destination), opened.directories)
-        rules = None if options.rules is None else Rules.read(options.rules)
-        plan = _plan(opened, options, rules)
-        if options.target_bits is not None:
-            _choose(opened, options, plan, None)  # refuses now what it would refuse after measuring
+        job = PackingJob.prepare(opened, options)
         return DryRun(
             source_bytes=opened.checkpoint.tensor_bytes,
-            plan=plan,
-            files=tuple(_files(opened, plan, options)),
-            config=_config(opened, plan, options),
+            plan=job.plan,
+            files=tuple(_files(job)),
+            config=job.config(),
             free_bytes=free_bytes(Path(destination)),
-            scratch_bytes=_peak(opened, plan) if low_disk else 0,
+            scratch_bytes=_peak(job) if low_disk else 0,
             read_rate=None if opened.fetcher else _read_rate(opened.checkpoint.shards),
         )
 
@@ -281,117 +191,22 @@ def _local(source: Path | str) -> list[Path]:
     return [path if path.is_dir() else path.parent] if path.exists() else []
 
 
-def _plan(
-    source: Source,
-    options: ConvertOptions,
-    rules: Rules | None,
-    chosen: Mapping[str, Packing | None] | None = None,
-) -> modules.Plan:
-    return modules.plan(
-        source.checkpoint,
-        packing=Packing(options.blocksize, options.double_quant),
-        rules=rules,
-        pack_lm_head=options.pack_lm_head,
-        chosen=chosen,
-    )
-
-
-def _spend(
-    source: Source,
-    options: ConvertOptions,
-    rules: Rules | None,
-    plan: modules.Plan,
-    *,
-    threads: int,
-    on_progress: Progress | None,
-) -> modules.Plan:
-    """The plan that spends ``target_bits`` where the error is largest, after measuring every way to pack."""
-    squares = _core.measure(
-        source.checkpoint.shards,
-        plan.recipes,
-        budget.PACKINGS,
-        threads=threads,
-        source=source if source.fetcher else None,
-        on_progress=on_progress,
-    )
-    return _plan(source, options, rules, _choose(source, options, plan, squares))
-
-
-def _choose(
-    source: Source, options: ConvertOptions, plan: modules.Plan, squares: Mapping[str, Sequence[float]] | None
-) -> dict[str, Packing | None]:
-    """How to store each group of weights, given the squared error of each way (None: only see whether any fits).
-
-    Raises:
-        DataError: if ``target_bits`` are too few for all.
-    """
-    assert options.target_bits is not None
-    packed = [(recipe, part) for recipe in plan.recipes for part in recipe.parts if part.packing]
-    weights = {part.name: part.weights for _, part in packed}
-    wide = {part.name for recipe, part in packed if source.checkpoint.tensors[recipe.source].dtype == "F32"}
-    candidates = {}
-    for group, names in modules.groups(plan).items():
-        kept = sum(budget.stored_bits(weights[name], None) * (2 if name in wide else 1) for name in names)
-        # Experts in 16 bits are read by neither vLLM's plugin nor `qpack.load`.
-        candidates[group] = [] if group.endswith(".experts") else [budget.Candidate(None, kept, 0.0)]
-        for index, packing in enumerate(budget.PACKINGS):
-            bits = sum(budget.stored_bits(weights[name], packing) for name in names)
-            error = sum(squares[name][index] for name in names) if squares else 0.0
-            candidates[group].append(budget.Candidate(packing, bits, error))
-    try:
-        return budget.choose(candidates, sum(weights.values()), options.target_bits)
-    except ValueError as error:
-        raise DataError(f"{source.name}: {error}") from None
-
-
-def _files(source: Source, plan: modules.Plan, options: ConvertOptions) -> list[tuple[str, int]]:
+def _files(job: PackingJob) -> list[tuple[str, int]]:
     return _core.plan_pack(
-        source.checkpoint.shards,
-        plan.recipes,
-        quant_storage=options.quant_storage,
-        max_shard_bytes=options.max_shard_bytes,
+        job.source.checkpoint.shards,
+        job.plan.recipes,
+        quant_storage=job.options.quant_storage,
+        max_shard_bytes=job.options.max_shard_bytes,
     )
 
 
-def _peak(source: Source, plan: modules.Plan) -> int:
+def _peak(job: PackingJob) -> int:
     """Bytes of fetched shards that lie on the disk at a time."""
-    if not source.fetcher:
+    if not job.source.fetcher:
         return 0
-    placed = {info.name: shard for shard in source.checkpoint.shards for info in _core.read_header(shard)}
-    steps = [{placed[recipe.source], placed[recipe.scale or recipe.source]} for recipe in plan.recipes]
-    return source.peak_bytes([frozenset(step) for step in steps])
-
-
-def _config(source: Source, plan: modules.Plan, options: ConvertOptions) -> dict[str, Any]:
-    """config.json of the result: the source's, with transformers' `BitsAndBytesConfig` for what is written."""
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": any(
-            part.packing.double_quant for recipe in plan.recipes for part in recipe.parts if part.packing
-        ),
-        "bnb_4bit_compute_dtype": _compute_dtype(source, plan),
-        "bnb_4bit_quant_storage": options.quant_storage,
-        "llm_int8_skip_modules": list(plan.skip_modules),
-    }
-    return dict(source.checkpoint.config) | {"quantization_config": quantization}
-
-
-def _compute_dtype(source: Source, plan: modules.Plan) -> str:
-    """The one float type of the weights that are packed, as decoded.
-
-    Raises:
-        CheckpointError: if they are of several.
-    """
-    tensors = source.checkpoint.tensors
-    packed = [recipe for recipe in plan.recipes if any(part.packing for part in recipe.parts)]
-    dtypes = {"BF16" if recipe.scale else tensors[recipe.source].dtype for recipe in packed}
-    if len(dtypes) != 1:
-        found = ", ".join(sorted(dtypes))
-        raise CheckpointError(f"{source.checkpoint.directory}: layer weights are {found}, expected one type for all")
-    return _TORCH_DTYPES[dtypes.pop()]
+    placed = {info.name: shard for shard in job.source.checkpoint.shards for info in _core.read_header(shard)}
+    steps = [{placed[recipe.source], placed[recipe.scale or recipe.source]} for recipe in job.plan.recipes]
+    return job.source.peak_bytes([frozenset(step) for step in steps])
 
 
 def _inputs_text(source: Source, options: ConvertOptions) -> str:

@@ -52,7 +52,7 @@ class Manifest:
     """What `qpack.convert` was asked for."""
     source: Mapping[str, Any]
     """``digest`` (over names, dtypes, shapes and bytes of all source tensors), ``bytes``, ``tensors``, and where it is
-    from: ``name``, and ``revision`` for a hub id."""
+    from: ``name``, and ``revision`` for a hub id. Where adapters were merged, ``adapters``, which the digest covers."""
     fingerprint: str
     tensors: Mapping[str, str]
     """``DTYPE SHAPE DIGEST`` of every stored tensor by name, see `describe`."""

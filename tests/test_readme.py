@@ -140,6 +140,7 @@ def test_docs_merge_runs_from_top_to_bottom(workspace: Path) -> None:
             run_commands(block, workspace)
     for name in ("merged", "merged-original", "merged-sum"):
         assert "quantization_config" not in json.loads((workspace / name / "config.json").read_text())
+    assert "quantization_config" in json.loads((workspace / "merged-nf4" / "config.json").read_text())
 
 
 def test_links_lead_somewhere() -> None:

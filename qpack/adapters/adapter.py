@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpack._core import check_finite, read_header
+from qpack._core import check_finite, digest_tensors, fingerprint, read_header
 from qpack.checkpoint import read_json_object
 from qpack.errors import AdapterError, CheckpointError
 
@@ -83,6 +83,12 @@ class Adapter:
     def weights_path(self) -> Path:
         """The file that holds the tensors."""
         return self.path / WEIGHTS_NAME
+
+    def fingerprint(self) -> str:
+        """The digest of all tensors, which it reads, see `qpack.manifest`."""
+        digests = {name: digest for _, name, digest in digest_tensors([self.weights_path])}
+        infos = read_header(self.weights_path)
+        return fingerprint([(info.name, info.dtype, info.shape, digests[info.name]) for info in infos])
 
     @property
     def rank(self) -> int:

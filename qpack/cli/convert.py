@@ -7,35 +7,13 @@ import click
 
 import qpack
 from qpack import terminal
-from qpack._core import BLOCKSIZES
-from qpack.cli.options import DIRECTORY, force, max_shard_size, threads, verbosity
-from qpack.conversion import MODES, QUANT_STORAGES
+from qpack.cli.options import DIRECTORY, force, max_shard_size, packing, threads, verbosity
 
 
 @click.command()
 @click.argument("src")
 @click.argument("dst", type=DIRECTORY)
-@click.option(
-    "--mode",
-    type=click.Choice(MODES),
-    default="exact",
-    show_default=True,
-    help="exact: codes and scales of bitsandbytes. best: the same format with less error.",
-)
-@click.option(
-    "--blocksize", type=click.Choice(BLOCKSIZES), default=64, show_default=True, help="Weights per block scale."
-)
-@click.option("--double-quant/--no-double-quant", default=True, help="Store the block scales in 8 bits (default).")
-@click.option("--rules", type=click.Path(path_type=Path), metavar="FILE.toml", help="Rules for single tensors.")
-@click.option("--target-bits", type=float, help="Bits a packed weight on average, spent where the error is largest.")
-@click.option("--pack-lm-head", is_flag=True, help="Pack the output embedding too, which vLLM does not read.")
-@click.option(
-    "--quant-storage",
-    type=click.Choice(QUANT_STORAGES),
-    default="uint8",
-    show_default=True,
-    help="Element type that holds the codes; bfloat16 for FSDP, which vLLM does not read.",
-)
+@packing
 @click.option("--revision", help="Branch, tag or commit of a model of the hub.")
 @click.option("--low-disk", is_flag=True, help="Fetch, pack and drop one shard of a hub model at a time.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights (.bin), tensors only.")

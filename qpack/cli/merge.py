@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 import qpack
 from qpack import terminal
-from qpack.cli.options import DIRECTORY, force, max_shard_size, threads, verbosity
-from qpack.merging.merging import DTYPES
+from qpack.cli.options import DIRECTORY, PACKING, force, max_shard_size, packing, threads, verbosity
+from qpack.merging.merging import DTYPES, TARGETS
 from qpack.sizes import format_size
 
 
@@ -41,12 +42,14 @@ class WeightedAdapter(click.ParamType[tuple[Path, float]]):
 )
 @click.option("--source", type=DIRECTORY, metavar="SRC", help="The original, for --onto original.")
 @click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="bfloat16",
+    "--to",
+    type=click.Choice(TARGETS),
+    default="plain",
     show_default=True,
-    help="Element type of the merged weights.",
+    help="plain: a checkpoint without quantization. nf4: packed, from an original and the change.",
 )
+@click.option("--dtype", type=click.Choice(DTYPES), help="Element type of plain weights.  [default: bfloat16]")
+@packing
 @max_shard_size
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
 @threads
@@ -58,6 +61,7 @@ def merge(
     adapters: tuple[tuple[Path, float], ...],
     dst: Path,
     onto: str,
+    to: str,
     source: Path | None,
     dry_run: bool,
     threads: int | None,
@@ -65,22 +69,30 @@ def merge(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Merge adapters into the model BASE, unpacked, and write a plain checkpoint to DST.
+    """Merge adapters into the model BASE and write a plain checkpoint to DST, or with --to nf4 a packed one.
 
     Of several adapters the changes are added up, each times its weight. Interrupted, the same command goes on where it
-    was.
+    was. From --mode to --quant-storage, options are those of qpack convert, for --to nf4.
     """
     from qpack.reports import text
 
     if (onto == "original") != (source is not None):
         raise click.UsageError("--onto original and --source SRC need each other")
+    source_of = click.get_current_context().get_parameter_source
+    given = {name for name in options if source_of(name) is not ParameterSource.DEFAULT}
+    if misplaced := sorted(given & ({"dtype"} if to == "nf4" else PACKING)):
+        other = "plain" if to == "nf4" else "nf4"
+        raise click.UsageError(f"--{misplaced[0].replace('_', '-')} is for --to {other}")
+    options = {name: value for name, value in options.items() if name in given or name not in PACKING}
     if dry_run:
-        plan = qpack.plan_merge(base, adapters, dst, original=source, **options)
+        plan = qpack.plan_merge(base, adapters, dst, original=source, to=to, **options)
         size = f"{format_size(plan.bytes)} in {len(plan.files)} files, {format_size(plan.free_bytes)} free"
         click.echo(f"{dst}: {plan.merged} tensors would change, {size}")
         return
     with terminal.progress("merge", "bytes", quiet=quiet) as on_progress:
-        report = qpack.merge(base, adapters, dst, original=source, threads=threads, on_progress=on_progress, **options)
+        report = qpack.merge(
+            base, adapters, dst, original=source, to=to, threads=threads, on_progress=on_progress, **options
+        )
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
     else:

@@ -1,12 +1,15 @@
 """Options and types that several commands share."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from qpack import terminal
+from qpack._core import BLOCKSIZES
+from qpack.packing import MODES, QUANT_STORAGES, ConvertOptions
 from qpack.sizes import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -53,3 +56,36 @@ force = click.option("--force", is_flag=True, help="Replace the output if it exi
 max_shard_size = click.option(
     "--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest weight file to write."
 )
+
+_PACKING = (
+    click.option(
+        "--mode",
+        type=click.Choice(MODES),
+        default="exact",
+        show_default=True,
+        help="exact: codes and scales of bitsandbytes. best: the same format with less error.",
+    ),
+    click.option(
+        "--blocksize", type=click.Choice(BLOCKSIZES), default=64, show_default=True, help="Weights per block scale."
+    ),
+    click.option("--double-quant/--no-double-quant", default=True, help="Store the block scales in 8 bits (default)."),
+    click.option("--rules", type=click.Path(path_type=Path), metavar="FILE.toml", help="Rules for single tensors."),
+    click.option("--target-bits", type=float, help="Bits a packed weight on average, spent where errors are largest."),
+    click.option("--pack-lm-head", is_flag=True, help="Pack the output embedding too, which vLLM does not read."),
+    click.option(
+        "--quant-storage",
+        type=click.Choice(QUANT_STORAGES),
+        default="uint8",
+        show_default=True,
+        help="Element type that holds the codes; bfloat16 for FSDP, which vLLM does not read.",
+    ),
+)
+PACKING = frozenset(field.name for field in fields(ConvertOptions)) - {"max_shard_size"}
+"""The names of what `packing` adds."""
+
+
+def packing(command: Command) -> Command:
+    """Add the fields of `qpack.ConvertOptions`, by their names; the largest file's size is `max_shard_size`."""
+    for option in reversed(_PACKING):
+        command = option(command)
+    return command

@@ -1,8 +1,9 @@
-"""Merging adapters into a model: a plain checkpoint that any tool reads.
+"""Merging adapters into a model: a plain checkpoint that any tool reads, or one that is packed anew.
 
 Each weight is what PEFT makes of it in f64, rounded once: of the packed base that the adapter was trained on, decoded
 (``onto`` the base: what was trained is what you get), or of the original that the base was packed from (``original``).
-Never back to 4 bits from a packed weight, where most codes would round to what they were and lose the adapter.
+The result is plain, or with ``to="nf4"`` packed as `qpack.convert` packs: from the sum of the original's weight and the
+change, as f32. Never from a packed weight, where most codes would round to what they were and lose the adapter.
 
 Names and shapes are those of the checkpoint that is merged onto. Packed weights that 16-bit checkpoints of the family
 hold transposed (GPT-2) are written so. The experts of a packed gpt-oss, which 16-bit checkpoints hold in one tensor a
@@ -12,8 +13,8 @@ layer, are refused: merge onto the original.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,15 +22,17 @@ from qpack import _core
 from qpack.adapters.adapter import Adapter
 from qpack.adapters.changes import AnyChange, Change
 from qpack.adapters.record import check_base, check_original, refuse_correction
-from qpack.adapters.trained import Changes, changes, input_embedding
+from qpack.adapters.trained import Changes, changes
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
 from qpack.errors import AdapterError, CheckpointError
 from qpack.inspection import Inspection, inspect, kind_of, layer_of
 from qpack.manifest import MANIFEST_NAME, Manifest, WeightError
+from qpack.merging import packed
 from qpack.merging.card import write_card
 from qpack.merging.effects import Effect, by_kind, measure_effects
 from qpack.output import free_bytes, refuse_full_disk, refuse_inputs, resumable_directory
+from qpack.packing import ConvertOptions, PackingJob, Progress
 from qpack.policy.encoded import read_sources
 from qpack.policy.modules import transposed_weights
 from qpack.policy.plan import Part, Recipe
@@ -38,6 +41,7 @@ from qpack.sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
+TARGETS = ("plain", "nf4")
 DTYPES = ("bfloat16", "float16", "float32")
 _FLOATS = ("BF16", "F16", "F32")
 
@@ -53,12 +57,15 @@ class MergeReport:
     """Number of tensors that the adapters changed."""
     effects: dict[str, Effect]
     """How much each weight was changed, by its name; those that were replaced as a whole are left out."""
-    errors_of: Literal["base"] | None
-    """What was quantized: the base that the adapters were trained on. None where no error is recorded."""
+    errors_of: Literal["base", "result"] | None
+    """Whose quantization the errors are of: that of the base that the adapters were trained on, or, where it is packed,
+    that of the result. None where none is recorded."""
     resumed_bytes: int
     """How many bytes of the source an interrupted run had dealt with."""
     result: Inspection
     """What the merged directory holds."""
+    foreign: tuple[str, ...]
+    """What stock transformers cannot load of it, in words; `qpack.load` can."""
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -104,32 +111,51 @@ class _Job:
     base: Checkpoint
     onto: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...]
-    recipes: list[Recipe]
+    recipes: Sequence[Recipe]
     changes: Changes
     dtype: str
     max_shard_bytes: int
+    packing: PackingJob | None
+    """How the result is packed; None for a plain one."""
 
     @property
     def inputs(self) -> list[Path]:
         """The directories that are only read."""
         return [self.base.directory, self.onto.directory, *(adapter.path for adapter, _ in self.adapters)]
 
+    @property
+    def quant_storage(self) -> str:
+        return self.packing.options.quant_storage if self.packing else "uint8"
+
+    def parts(self) -> dict[str, list[str]]:
+        """The names of what is made of each tensor."""
+        return {recipe.source: [part.name for part in recipe.parts] for recipe in self.recipes}
+
+    def spend_bits(self, *, threads: int, on_progress: Progress | None) -> "_Job":
+        """With ``target_bits`` spent, as `PackingJob.spend_bits`, where the result is packed."""
+        if not self.packing:
+            return self
+        packing = packed.with_changes(self.packing.spend_bits(threads=threads, on_progress=on_progress), self.changes)
+        return replace(self, packing=packing, recipes=packing.plan.recipes)
+
     def files(self) -> list[tuple[str, int]]:
         return _core.plan_merge(
             self.onto.shards,
             self.recipes,
             self.changes.by_weight,
-            quant_storage="uint8",
+            quant_storage=self.quant_storage,
             max_shard_bytes=self.max_shard_bytes,
         )
 
     def text(self) -> str:
         """A text that changes with all that the output depends on, as `qpack.output.Work.begin` wants it."""
         files = [*self.onto.shards, *(adapter.weights_path for adapter, _ in self.adapters)]
+        packing = self.packing and self.packing.options
         stats = {str(path.resolve()): path.stat() for path in files}
         text = {
             "version": _core.__version__,
             "dtype": self.dtype,
+            "packing": packing and packing.record(),
             "max_shard_bytes": self.max_shard_bytes,
             "config": self.onto.config,
             "adapters": [
@@ -146,40 +172,47 @@ def merge(
     destination: Path | str,
     *,
     original: Path | str | None = None,
-    dtype: str = "bfloat16",
+    to: str = "plain",
+    dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
     force: bool = False,
-    on_progress: Callable[[int, int], object] | None = None,
+    on_progress: Progress | None = None,
+    **settings: Any,
 ) -> MergeReport:
-    """Write ``base`` with ``adapters`` merged in to the new directory ``destination``, as ``dtype``.
+    """Write ``base`` with ``adapters`` merged in to the new directory ``destination``, as ``dtype`` (bfloat16).
 
     The base may be packed or plain; ``original`` is the checkpoint that it was packed from, to merge onto that instead.
+    With ``to="nf4"`` the result is packed, which a packed base that is merged onto cannot be; ``settings`` are fields
+    of `qpack.ConvertOptions`, where ``target_bits`` are spent by the errors of the weights before the change.
     Of several adapters the changes are added up, each times its weight (PEFT's ``cat``). ``force`` replaces what is at
     ``destination``, and takes an adapter that was trained on another base. ``on_progress`` gets bytes of the source
     done and in all. Interrupted, the same call goes on; the bytes written do not depend on that, nor on ``threads``.
 
     Raises:
-        CheckpointError: if the base or the original is malformed, or cannot be written as a plain checkpoint.
+        CheckpointError: if the base or the original is malformed, or cannot be written as asked for.
+        DataError: if the rules for packing cannot be followed, or ``target_bits`` are too few.
         AdapterError: if an adapter is malformed, of a kind that cannot be merged, or of another base.
         DiskFullError: if the disk has no room.
         OutputExistsError: if ``destination`` exists and ``force`` is not set, or is or holds an input.
-        ValueError: for an illegal ``dtype`` or ``max_shard_size``.
+        ValueError: for an illegal option.
     """
     start = time.monotonic()
     destination = Path(destination)
-    job = _prepare(base, adapters, original, dtype, max_shard_size, force=force)
+    options = _packing_options(to, dtype, max_shard_size, settings)
+    job = _prepare(base, adapters, original, dtype or DTYPES[0], max_shard_size, options, force=force)
     with resumable_directory(destination, force=force, marker=CONFIG_NAME, inputs=job.inputs) as work:
         refuse_full_disk(destination, sum(size for _, size in job.files()))
         text = job.text()
         work.begin(text)
+        job = job.spend_bits(threads=threads or 0, on_progress=on_progress)
         written = _core.merge(
             job.onto.shards,
             work.directory,
             job.recipes,
             job.changes.by_weight,
-            mode="exact",
-            quant_storage="uint8",
+            mode=options.mode if options else "exact",
+            quant_storage=job.quant_storage,
             inputs=text,
             max_shard_bytes=job.max_shard_bytes,
             threads=threads or 0,
@@ -190,14 +223,18 @@ def merge(
                 check_original(adapter.path, job.onto.directory, written.source_fingerprint, force=force)
         copy_companions(job.onto.directory, work.directory)
         write_config(work.directory, _config(job))
-        write_card(work.directory, job.base, job.onto, job.adapters, job.dtype)
-    errors = _errors(job.base)
+        write_card(work.directory, job.base, job.onto, job.adapters, "packed" if job.packing else f"in {job.dtype}")
+        if job.packing:
+            packed.record(job.packing, written, job.adapters).write(work.directory)
+    result = inspect(destination)
+    errors = _errors(destination if job.packing else job.base.directory)
     return MergeReport(
         merged=len(job.changes.by_weight),
-        effects=measure_effects(written.changes, errors),
-        errors_of="base" if errors else None,
+        effects=measure_effects(written.changes, errors, job.parts()),
+        errors_of=("result" if job.packing else "base") if errors else None,
         resumed_bytes=written.resumed_bytes,
-        result=inspect(destination),
+        result=result,
+        foreign=job.packing.plan.foreign if job.packing else (),
         seconds=time.monotonic() - start,
     )
 
@@ -208,18 +245,40 @@ def plan_merge(
     destination: Path | str,
     *,
     original: Path | str | None = None,
-    dtype: str = "bfloat16",
+    to: str = "plain",
+    dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     force: bool = False,
+    **settings: Any,
 ) -> MergePlan:
     """Do all that `merge` does before the first byte, write nothing, and say what it would do.
 
+    With ``target_bits`` the sizes are those of ``blocksize`` and ``double_quant``, as for `qpack.plan_conversion`.
+
     Raises:
-        AdapterError, CheckpointError, OutputExistsError, ValueError: as `merge`.
+        AdapterError, CheckpointError, DataError, OutputExistsError, ValueError: as `merge`.
     """
-    job = _prepare(base, adapters, original, dtype, max_shard_size, force=force)
+    options = _packing_options(to, dtype, max_shard_size, settings)
+    job = _prepare(base, adapters, original, dtype or DTYPES[0], max_shard_size, options, force=force)
     refuse_inputs(Path(destination), job.inputs)
     return MergePlan(len(job.changes.by_weight), tuple(job.files()), free_bytes(Path(destination)))
+
+
+def _packing_options(
+    to: str, dtype: str | None, max_shard_size: int | str, settings: Mapping[str, Any]
+) -> ConvertOptions | None:
+    """How to pack the result; None for a plain one."""
+    if to not in TARGETS:
+        raise ValueError(f"to is {to!r}, expected one of {', '.join(TARGETS)}")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if to == "nf4":
+        if dtype is not None:
+            raise ValueError("dtype is of a plain result; a packed one keeps the types of the original")
+        return ConvertOptions(max_shard_size=max_shard_size, **settings)
+    if settings:
+        raise ValueError(f"{', '.join(settings)}: of a packed result, expected to='nf4' beside it")
+    return None
 
 
 def _prepare(
@@ -228,12 +287,11 @@ def _prepare(
     original: Path | str | None,
     dtype: str,
     max_shard_size: int | str,
+    options: ConvertOptions | None,
     *,
     force: bool,
 ) -> _Job:
     """Open and check everything that can be checked without the weights' data."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     max_shard_bytes = parse_size(max_shard_size)
     checkpoint = Checkpoint.open(base)
     named = [(adapters, 1.0)] if isinstance(adapters, Path | str) else adapters
@@ -243,6 +301,9 @@ def _prepare(
     onto = checkpoint if original is None else Checkpoint.open(original)
     if original is not None and onto.packed:
         raise CheckpointError(f"{onto.directory}: is packed, expected the checkpoint that the base was packed from")
+    if options is not None and onto.packed:
+        why = "packed again, most of its codes would be what they were and the adapter lost"
+        raise CheckpointError(f"{onto.directory}: is packed, and {why} (--onto original --source SRC)")
     check_base((adapter.path for adapter, _ in opened), checkpoint, force=force)
     if original is not None:
         refuse_correction((adapter.path for adapter, _ in opened), force=force)
@@ -252,16 +313,14 @@ def _prepare(
     total = _sum(found, [adapter for adapter, _ in opened])
     for name, change in total.by_weight.items():
         logger.debug("merge %s: %s", name, type(change).__name__)
-    recipes = _recipes(onto, set(turned), dtype)
-    for name in total.by_weight.keys() - onto.weights.keys():  # an output embedding that was tied
-        recipes.append(Recipe(name, (Part(name, _input_shape(onto), dtype=dtype),)))
-    return _Job(checkpoint, onto, opened, recipes, total, dtype, max_shard_bytes)
-
-
-def _input_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
-    name = input_embedding(checkpoint)
-    assert name is not None  # else nothing is tied
-    return checkpoint.weights[name]
+    if options is not None:
+        packing = packed.prepare_packing(onto, options)
+        recipes = packed.with_changes(packing, total).plan.recipes
+    else:
+        packing = None
+        tied = total.by_weight.keys() - onto.weights.keys()  # until now: an output embedding
+        recipes = (*_recipes(onto, set(turned), dtype), *(packed.untied(onto, name, dtype) for name in tied))
+    return _Job(checkpoint, onto, opened, recipes, total, dtype, max_shard_bytes, packing)
 
 
 def _transposed(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -322,17 +381,19 @@ def _sum(found: list[Changes], adapters: list[Adapter]) -> Changes:
     return Changes(total, untied=any(one.untied for one in found))
 
 
-def _errors(base: Checkpoint) -> Mapping[str, WeightError]:
-    """How far each packed weight of ``base`` is from what it was packed from, where ``qpack.json`` says so."""
-    recorded = (base.directory / MANIFEST_NAME).is_file()
-    return Manifest.read(base.directory).errors if recorded else {}
+def _errors(directory: Path) -> Mapping[str, WeightError]:
+    """How far each packed weight is from what it was packed from, where a ``qpack.json`` says so."""
+    return Manifest.read(directory).errors if (directory / MANIFEST_NAME).is_file() else {}
 
 
 def _config(job: _Job) -> dict[str, Any]:
-    """config.json of the result: no quantization, one dtype, and embeddings untied where they differ."""
-    config = {key: value for key, value in job.onto.config.items() if key != "quantization_config"}
-    config.pop("torch_dtype", None)
-    config["dtype"] = job.dtype
+    """config.json of the result: packed, or without quantization in one dtype; embeddings untied where they differ."""
+    if job.packing:
+        config = job.packing.config()
+    else:
+        config = {key: value for key, value in job.onto.config.items() if key != "quantization_config"}
+        config.pop("torch_dtype", None)
+        config["dtype"] = job.dtype
     if job.changes.untied:
         config["tie_word_embeddings"] = False
     return config

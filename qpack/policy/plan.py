@@ -33,7 +33,8 @@ class Part:
     packing: Packing | None = None
     """None keeps the tensor in a float type, or as it is."""
     dtype: str | None = None
-    """Torch's name of the float type to keep it in; None takes the source's own, decoded where it is encoded."""
+    """Torch's name of the float type to keep it in, or that a packed one is said to be of; None takes the source's own,
+    decoded where it is encoded."""
     matrix: int = 0
     """Which matrix of the source."""
     rows: tuple[int, int] = (0, 1)

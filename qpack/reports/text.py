@@ -128,9 +128,13 @@ def print_conversion(destination: Path, report: ConvertReport) -> None:
             f"{percent(result.error)}, worst {percent(worst.error.relative)} in {worst.name}" if worst.error else ""
         )
     lines |= _kept((tensor.reason or "", tensor.bytes) for tensor in result.tensors if tensor.blocksize is None)
-    if report.foreign:
-        lines["note"] = f"stock transformers cannot load {', '.join(report.foreign)} in 4 bits; qpack.load can"
+    lines |= _foreign(report.foreign)
     _show([Text(str(destination), style="bold"), _pairs(lines)])
+
+
+def _foreign(what: Sequence[str]) -> dict[str, str]:
+    shown = f"stock transformers cannot load {', '.join(what)} in 4 bits; qpack.load can"
+    return {"note": shown} if what else {}
 
 
 def print_dry_run(destination: Path, dry: DryRun) -> None:
@@ -168,6 +172,9 @@ def print_merge(destination: Path, report: MergeReport) -> None:
     size = f"{format_size(result.bytes)} in {len(result.files)} file{'s' if len(result.files) > 1 else ''}"
     resumed = f", {format_size(report.resumed_bytes)} of the source done before" if report.resumed_bytes else ""
     lines = {"merged": f"{report.merged} weights, {size}{resumed}, in {report.seconds:.1f} s"}
+    if result.packed:
+        lines["bits"] = f"{result.packed_bits:.3f} bits a packed weight, {result.bits:.3f} over all"
+    lines |= _foreign(report.foreign)
     if effects and report.errors_of is None:
         lines["error"] = "not recorded: the base was not packed by qpack"
     small = sum(effect.is_small for effect in effects.values())
@@ -179,7 +186,10 @@ def print_merge(destination: Path, report: MergeReport) -> None:
     _show(parts)
 
 
-_SMALL = {"base": "the packed base and its original differ by more than the adapters change"}
+_SMALL = {
+    "base": "the packed base and its original differ by more than the adapters change",
+    "result": "packing changes more than the adapters do",
+}
 """What a change that is smaller than the error means, by whose error it is."""
 
 

@@ -64,7 +64,8 @@ pub struct Part {
     pub shape: Vec<u64>,
     /// None keeps it in a float type, or as it is.
     pub packing: Option<Packing>,
-    /// The float type to keep it in; None takes the source's, decoded where it is encoded.
+    /// The float type to keep it in, or that a packed one is said to be of; None takes the source's, decoded where it is
+    /// encoded.
     pub keep_as: Option<Float>,
     /// Which matrix of the source.
     pub matrix: u64,
@@ -255,7 +256,7 @@ fn output(
     };
     let state = QuantState {
         blocksize: packing.blocksize,
-        dtype,
+        dtype: part.keep_as.unwrap_or(dtype),
         shape: part.shape.clone(),
         nested_offset: packing.double_quant.then_some(0.0),
     };
