@@ -17,6 +17,7 @@ more than that of the next token, gets its logits whole, and a warning.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,7 @@ def give_loss(model: PreTrainedModel) -> None:
         logger.warning("%s: its logits are computed whole, for %s", type(model).__name__, more)
         return
 
+    @wraps(stock)  # whoever looks at what the model takes sees that
     def forward(
         *args: Any,
         labels: torch.Tensor | None = None,
@@ -73,6 +75,7 @@ def give_log_probs(model: PreTrainedModel) -> None:
     stock = model.forward
     log_probs = _LearnedLogProbs(model)
 
+    @wraps(stock)
     def forward(*args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return stock(*args, **kwargs)
