@@ -1,0 +1,70 @@
+"""What the gate asks of the registry (`serve.registry`), and the list of models that follows from it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from serve.gate.keys import Key
+
+
+class Version(Protocol):
+    """An adapter that never changes, ``name@digest`` by its id."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def added(self) -> float: ...
+
+
+class Alias(Protocol):
+    """What a plain name points at."""
+
+    @property
+    def live(self) -> Version: ...
+    @property
+    def since(self) -> float: ...
+    @property
+    def canaries(self) -> Mapping[Any, float]: ...
+    @property
+    def shadow(self) -> Version | None: ...
+
+
+class Catalogue(Protocol):
+    """Which adapters there are."""
+
+    def resolve(self, model: str, sticky: str | None = None) -> Version | None: ...
+    def aliases(self) -> Mapping[str, Alias]: ...
+    def versions(self) -> Sequence[Version]: ...
+    def generation(self) -> int: ...
+
+
+def models(
+    base: str, catalogue: Catalogue, key: Key | None, started: float, max_model_len: int | None
+) -> dict[str, Any]:
+    """The answer to ``GET /v1/models``: the base, the aliases and the versions that a key may use.
+
+    ``root`` is the version that answers, ``parent`` the base; an alias with canaries has their per cent too. No paths.
+    """
+
+    def card(name: str, created: float, root: str, parent: str | None, **more: Any) -> dict[str, Any]:
+        same: dict[str, Any] = {
+            "object": "model",
+            "owned_by": "qpack",
+            "max_model_len": max_model_len,
+            "permission": [],
+        }
+        return {"id": name, "created": int(created), "root": root, "parent": parent, **same, **more}
+
+    cards = []
+    if key is None or key.may_use(base):
+        cards.append(card(base, started, base, None))
+    for name, alias in catalogue.aliases().items():
+        if key is None or key.may_use(name):
+            canaries = {version.id: percent for version, percent in alias.canaries.items()}
+            more = {"canaries": canaries} if canaries else {}
+            cards.append(card(name, alias.since, alias.live.id, base, **more))
+    for version in catalogue.versions():
+        if key is None or key.may_use(version.name):
+            cards.append(card(version.id, version.added, version.id, base))
+    return {"object": "list", "data": cards}

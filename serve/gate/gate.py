@@ -1,0 +1,317 @@
+"""The gate: what a request passes on its way to the engine, in this order.
+
+1. Has it a key, and does the key open this route (`serve.gate.access`)?
+2. Is the server open, or draining?
+3. Is there something left of the key's budget (`serve.gate.budget`)?
+4. What does it ask for (`serve.gate.question`), and which version of which adapter is that?
+5. Is it its turn (`serve.gate.queue`), and is the adapter in the engine (a lease)?
+6. vLLM answers under the version's own name, and the answer passes as it is (`serve.gate.exchange`).
+
+An adapter that a key may not use is answered as one that does not exist: names are not told to whom they don't concern.
+The tokens of an answer are those that vLLM counts for middlewares, in the state of the request, so nothing is added to
+requests or taken from answers.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from typing import Any
+
+from qpack.errors import ServeError
+from serve.gate.access import PUBLIC, caller
+from serve.gate.budget import Budgets
+from serve.gate.catalogue import Catalogue, Version, models
+from serve.gate.exchange import ClientGone, Exchange
+from serve.gate.keys import Key, Keys
+from serve.gate.limits import RequestLimits
+from serve.gate.metrics import Metrics
+from serve.gate.question import Question
+from serve.gate.queue import FairQueue, QueueFull, Turn
+from serve.gate.refusal import Refusal
+from serve.gate.shadow import Heard, Shadows
+from serve.gate.visit import Visit
+from serve.routes import App, Message, Receive, Send
+
+logger = logging.getLogger("qpack.serve.gate")
+
+COMPLETIONS = frozenset({"/v1/completions", "/v1/chat/completions"})
+
+_USE_SECONDS = 60.0
+_ATTEMPTS = 3
+
+
+class GateMiddleware:
+    """For vLLM's ``--middleware``, the outermost one: the gate that the server's state has at ``qpack.gate``."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Let HTTP through the gate, and the server's own messages past it; close WebSockets."""
+        if scope["type"] == "http":
+            await scope["app"].state.qpack.gate(self.app, scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+
+class Gate:
+    """Stands before an ASGI application that answers OpenAI's routes for the base and for each version by its id.
+
+    Args:
+        base: the name of the base.
+        catalogue: which adapters there are.
+        lease: has a version in the engine for the length of a block; raises ServeError if it can't be.
+        keys: who may ask.
+        queue: who goes next; its slots are the engine's.
+        limits: how much is let in.
+        metrics: where it is counted.
+        engine_died: whether the engine will never answer again.
+        max_model_len: tokens of a prompt and its answer, for the list of models.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: str,
+        catalogue: Catalogue,
+        lease: Callable[[Any], AbstractAsyncContextManager[object]],
+        keys: Keys,
+        queue: FairQueue,
+        limits: RequestLimits,
+        metrics: Metrics,
+        engine_died: Callable[[], bool],
+        max_model_len: int | None = None,
+    ) -> None:
+        self._base, self._catalogue, self._lease, self._keys, self._queue = base, catalogue, lease, keys, queue
+        self._limits, self._metrics, self._engine_died = limits, metrics, engine_died
+        self._max_model_len = max_model_len
+        self._started = time.time()
+        self._budgets = Budgets()
+        self._shadows = Shadows(queue, lease, metrics, self._broken)
+        self._noted: dict[str, float] = {}  # when the use of a key was written down
+        self._writing: set[asyncio.Task[None]] = set()
+        self._closed: str | None = None
+        self._inside = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._generation = -1
+        self._listed: set[str] = set()
+
+    def close(self, reason: str) -> None:
+        """Let nobody in any more; ``/health`` says so too, for load balancers to look elsewhere."""
+        self._closed = reason
+        self._shadows.close()
+
+    async def idle(self) -> None:
+        """Wait until those that were let in have their answers."""
+        await self._quiet.wait()
+
+    async def __call__(self, app: App, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request, or let ``app`` do so."""
+        exchange = Exchange(scope, receive, send)
+        if (scope["method"], scope["path"]) in PUBLIC:
+            if self._closed is not None:
+                return await exchange.refuse(Refusal(503, self._closed, retry_after=5))
+            return await app(scope, receive, exchange.send)
+        visit = Visit(exchange, _now())
+        try:
+            await self._pass(app, visit)
+        except Refusal as refusal:
+            visit.reason = str(refusal)
+            await exchange.refuse(refusal)
+        except ClientGone:
+            visit.reason = "the client left"
+        except BaseException as error:
+            visit.reason = f"{type(error).__name__}: {error}"
+            exchange.status = exchange.status or 500
+            raise
+        finally:
+            visit.end(self._metrics)
+
+    async def _pass(self, app: App, visit: Visit) -> None:
+        exchange = visit.exchange
+        method, path = exchange.scope["method"], exchange.scope["path"]
+        key = visit.key = caller(exchange, self._keys)
+        if key:
+            self._note_use(key)
+        if (method, path) == ("GET", "/v1/models"):
+            listed = models(self._base, self._catalogue, key, self._started, self._max_model_len)
+            return await exchange.answer(json.dumps(listed).encode())
+        if self._closed is not None and method != "GET":
+            raise Refusal(503, self._closed, retry_after=5)
+        self._inside += 1
+        self._quiet.clear()
+        try:
+            if method == "POST" and path in COMPLETIONS:
+                visit.completion = True
+                await self._complete(app, visit)
+            else:
+                await app(exchange.scope, exchange.receive, exchange.send)
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._quiet.set()
+
+    async def _complete(self, app: App, visit: Visit) -> None:
+        """Check a request for completions against the limits, and have it answered."""
+        exchange, key = visit.exchange, visit.key
+        end = visit.came + self._patience(exchange)
+        budget = self._budgets.of(key, visit.came) if key else None
+        with budget.request(visit.came) if budget else nullcontext():
+            raw = await exchange.read(self._limits.max_body_bytes)
+            question = Question.parse(raw, self._limits, exchange.headers.get("x-session-id"))
+            visit.model = question.model or self._base
+            self._forget_what_is_gone()
+            self._find(question, key)  # what isn't there costs no tokens
+            if budget:
+                budget.take(question.tokens, _now())
+            try:
+                async with exchange.watched():
+                    await self._answer(app, visit, question, end)
+            finally:
+                if budget:
+                    budget.correct(visit.tokens - question.tokens, _now())
+
+    async def _answer(self, app: App, visit: Visit, question: Question, end: float) -> None:
+        """Wait for a place in the engine and for the adapter to be there, and let the application answer.
+
+        Where the adapter's version has left the registry before its turn, the alias's next one answers.
+        """
+        for _ in range(_ATTEMPTS):
+            version = self._find(question, visit.key)
+            visit.adapter, _, visit.version = (version.id if version else self._base).partition("@")
+            async with AsyncExitStack() as stack:
+                try:
+                    turn = await self._enter(stack, visit, question, version, end)
+                except ServeError as error:
+                    logger.warning("%s", error)
+                    if version != self._find(question, visit.key):
+                        continue
+                    raise Refusal(503, f"{visit.model} can't be loaded now, ask again", retry_after=5) from error
+                return await self._forward(app, visit, question, turn, end)
+        raise Refusal(503, f"{visit.model} changes too often to be loaded, ask again", retry_after=5)
+
+    async def _enter(
+        self, stack: AsyncExitStack, visit: Visit, question: Question, version: Version | None, end: float
+    ) -> Turn:
+        key, came = visit.key, _now()
+        last = min(came + self._limits.queue_timeout, end)
+        try:
+            async with visit.exchange.patience(last - came):
+                waiting = self._queue.turn(
+                    version.id if version else None,
+                    key.id if key else None,
+                    cost=question.tokens,
+                    weight=self._limits.weights.get(visit.adapter, 1.0),
+                    caller_weight=key.weight if key else 1.0,
+                )
+                turn = await stack.enter_async_context(waiting)
+                visit.queue_seconds = turn.waited
+                if version:
+                    entered = _now()
+                    await stack.enter_async_context(self._lease(version))
+                    visit.load_seconds = _now() - entered
+                    turn.warm()
+                return turn
+        except QueueFull as full:
+            raise Refusal(429, "too many requests are waiting", retry_after=full.retry_after) from None
+        except TimeoutError:
+            if last < end:
+                raise Refusal(503, f"no turn came within {last - came:.0f} s", retry_after=1) from None
+            raise Refusal(504, f"there was no answer within {end - visit.came:.0f} s") from None
+
+    async def _forward(self, app: App, visit: Visit, question: Question, turn: Turn, end: float) -> None:
+        exchange = visit.exchange
+        asked = f"{visit.adapter}@{visit.version}" if visit.version else self._base
+        exchange.extra_headers.append((b"x-qpack-version", asked.encode()))
+        alias = self._catalogue.aliases().get(question.model or "")
+        shadow = alias.shadow if alias else None
+        heard = Heard() if shadow else None
+        state: dict[str, Any] = {}
+        try:
+            state = await exchange.forward(
+                app,
+                question.for_model(asked),
+                seconds=end - _now(),
+                broken=self._broken,
+                heard=heard.add if heard else None,
+            )
+        finally:
+            visit.count(question, state)
+            turn.settle(max(1, visit.tokens))
+        if shadow and heard and exchange.status == 200 and not exchange.error:
+            self._shadows.ask(app, exchange, question, shadow, heard)
+
+    def _find(self, question: Question, key: Key | None) -> Version | None:
+        """The version that answers, None for the base.
+
+        Raises:
+            Refusal: 404 if there is none, or none that the key may use.
+        """
+        model = question.model
+        if model is None or model == self._base:
+            version, name = None, self._base
+        elif version := self._catalogue.resolve(model, question.sticky):
+            name = version.name
+        else:
+            raise Refusal(404, f"the model {model!r} does not exist", "model")
+        if key and not key.may_use(name):
+            raise Refusal(404, f"the model {name if model is None else model!r} does not exist", "model")
+        return version
+
+    def _patience(self, exchange: Exchange) -> float:
+        """Seconds until the end of the answer."""
+        asked = exchange.headers.get("x-request-timeout")
+        if asked is None:
+            return self._limits.request_timeout
+        try:
+            seconds = float(asked)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise Refusal(400, f"x-request-timeout {asked!r} is not a number of seconds")
+        return min(seconds, self._limits.request_timeout)
+
+    def _broken(self) -> Refusal | None:
+        """Why no answer can be right, if so."""
+        if self._engine_died():
+            return Refusal(503, "the engine died and is being restarted, ask again", retry_after=10)
+        return None
+
+    def _note_use(self, key: Key) -> None:
+        """Have the use of a key written down, once a minute, by a thread: the file may be locked for a moment."""
+        now = _now()
+        if now - self._noted.get(key.id, -math.inf) < _USE_SECONDS:
+            return
+        self._noted[key.id] = now
+
+        async def write() -> None:
+            try:
+                await asyncio.to_thread(self._keys.note_use, key.id)
+            except ServeError as error:
+                logger.warning("%s", error)
+
+        task = asyncio.create_task(write())
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    def _forget_what_is_gone(self) -> None:
+        """Drop the metrics of versions that have left the registry, so that there are never more than it lists."""
+        if (generation := self._catalogue.generation()) == self._generation:
+            return
+        self._generation = generation
+        listed = {version.id for version in self._catalogue.versions()}
+        for gone in self._listed - listed:
+            adapter, _, digits = gone.partition("@")
+            self._metrics.forget(adapter, digits)
+        self._listed = listed
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,250 @@
+"""What happens to requests while others are there, clients leave, and the engine fails: through real HTTP."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from gated import BASE, Alias, Site, Version, site
+
+from serve.gate.keys import Keys
+from serve.gate.limits import RequestLimits
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path) as made:
+        yield made
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something that will come."""
+    last = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < last
+        time.sleep(0.005)
+
+
+def at_rest(running: Site) -> bool:
+    return (running.queue.inside, running.queue.waiting, running.engine.running, running.residency.leased) == (
+        0,
+        0,
+        0,
+        [],
+    )
+
+
+def test_one_request_among_a_flood_with_one_slot(tmp_path: Path) -> None:
+    """60 requests for one adapter, 2 at a time; one for another waits for a turn, and every answer is its version's."""
+    with site(tmp_path, places=2, slots=1, quantum=0.3) as running, ThreadPoolExecutor(61) as pool:
+        flood = [pool.submit(running.ask, "one two", "support") for _ in range(60)]
+        until(lambda: running.queue.waiting > 50)
+        one = pool.submit(running.ask, "hello", "billing")
+        assert one.result().json()["model"] == "billing@111111111111"
+        left = sum(not request.done() for request in flood)
+        assert left > 20, "the flood is far from over"
+        assert all(request.result().json()["model"] == "support@000000000000" for request in flood)
+        assert running.engine.most_adapters == 1
+        assert at_rest(running)
+
+
+def test_slots_bound_the_adapters_in_the_engine(tmp_path: Path) -> None:
+    aliases = {f"a{n}": Alias(Version(f"a{n}", f"{n}")) for n in range(8)}
+    with site(tmp_path, aliases=aliases, slots=3, quantum=0.02) as running, ThreadPoolExecutor(40) as pool:
+        asked = [f"a{n % 8}" if n % 9 else BASE for n in range(120)]
+        for model, answer in zip(asked, pool.map(lambda model: running.ask("x", model), asked), strict=True):
+            assert answer.json()["model"].split("@")[0] == model
+        assert 1 <= running.engine.most_adapters <= 3
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_back(tmp_path: Path) -> None:
+    with site(tmp_path, places=1, limits=RequestLimits(max_waiting=2)) as running, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: running.ask("slow"), range(8)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(refused) == 8 - 3
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert refused[0].json()["error"]["type"] == "RateLimitError"
+
+
+def test_at_a_time(running: Site, tmp_path: Path) -> None:
+    with closing(Keys(tmp_path)) as keys:
+        _, token = keys.add("a", concurrency=2)
+    with ThreadPoolExecutor(4) as pool:
+        statuses = [answer.status_code for answer in pool.map(lambda _: running.ask("slow", token=token), range(4))]
+    assert sorted(statuses) == [200, 200, 429, 429]
+    assert running.ask(token=token).status_code == 200
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_frees_its_place(running: Site, streamed: bool) -> None:
+    with running.client() as http:
+        body = {"prompt": " ".join(["slow"] * 100), "model": "support", "stream": streamed}
+        if streamed:
+            with http.stream("POST", "/v1/completions", json=body) as stream:
+                pieces = stream.iter_bytes()
+                next(pieces)
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body, timeout=0.3)
+    until(lambda: at_rest(running))
+    assert running.engine.aborted == 1
+
+
+def test_a_client_that_leaves_the_line_is_never_asked_for(tmp_path: Path) -> None:
+    with site(tmp_path, places=1) as running, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(running.ask, "slow slow slow")
+        until(lambda: running.queue.inside == 1)
+        with pytest.raises(httpx.ReadTimeout), running.client() as http:
+            http.post("/v1/completions", json={"prompt": "gone"}, timeout=0.1)
+        assert first.result().status_code == 200
+        assert at_rest(running)
+        assert [asked["prompt"] for asked in running.engine.asked] == ["slow slow slow"]
+
+
+def test_deadlines(tmp_path: Path) -> None:
+    limits = RequestLimits(queue_timeout=0.3, request_timeout=5)
+    with site(tmp_path, places=1, limits=limits) as running, ThreadPoolExecutor(1) as pool:
+        late = running.ask("slow slow slow slow", headers={"x-request-timeout": "0.2"})
+        assert (late.status_code, late.json()["error"]["type"]) == (504, "APITimeoutError")
+        stream = running.ask(" ".join(["slow"] * 30), headers={"x-request-timeout": "1"}, stream=True)
+        *events, error, done = [line.removeprefix("data: ") for line in stream.text.split("\n\n") if line]
+        assert events
+        assert json.loads(error)["error"]["code"] == 504
+        assert done == "[DONE]"
+        until(lambda: at_rest(running))
+        assert running.engine.aborted == 2, "the engine does not go on"
+
+        first = pool.submit(running.ask, "slow slow slow slow")
+        until(lambda: running.queue.inside == 1)
+        waited = running.ask("x")
+        assert (waited.status_code, waited.headers["retry-after"]) == (503, "1")
+        assert running.ask("x", headers={"x-request-timeout": "0.05"}).status_code == 504
+        assert first.result().status_code == 200
+        for wrong in ("soon", "0", "-1", "nan", "inf"):
+            assert running.ask("x", headers={"x-request-timeout": wrong}).status_code == 400
+
+
+def test_a_slow_load_delays_nobody_else(tmp_path: Path) -> None:
+    with site(tmp_path, places=2) as running, ThreadPoolExecutor(8) as pool:
+        running.residency.seconds["support@000000000000"] = 2.0
+        slow = [pool.submit(running.ask, "x", "support") for _ in range(6)]
+        until(lambda: running.queue.waiting == 5)
+        for model in (BASE, "billing", BASE, "billing"):
+            assert running.ask("x", model).status_code == 200
+        assert not any(request.done() for request in slow)
+        assert [request.result().status_code for request in slow] == [200] * 6
+
+
+def test_a_failed_load_is_a_503_that_tells_no_paths(running: Site) -> None:
+    running.residency.broken.add("support@000000000000")
+    refused = running.ask(model="support")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    assert refused.json()["error"]["message"] == "support can't be loaded now, ask again"
+    assert running.ask(model="billing").status_code == 200
+    assert at_rest(running)
+
+
+def test_a_version_that_leaves_before_its_turn_is_followed_by_the_next(running: Site) -> None:
+    """As when an alias is flipped and the old version removed while a request waits for it."""
+    old = "support@000000000000"
+    running.residency.seconds[old], running.residency.broken = 0.2, {old}
+    with ThreadPoolExecutor(2) as pool:
+        by_name, by_id = pool.submit(running.ask, "x", "support"), pool.submit(running.ask, "x", old)
+        until(lambda: running.queue.inside > 0)
+        running.shelf.put("support", Alias(Version("support", "b")))
+        assert by_name.result().json()["model"] == "support@b"
+        assert by_id.result().status_code == 404
+
+
+def test_a_drain(running: Site) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        request = pool.submit(running.ask, "slow slow slow", "support")
+        until(lambda: running.engine.running == 1)
+        running.call(running.gate.close, "the server is stopping")
+        until(lambda: running.ask().status_code == 503)
+        refused = running.ask()
+        assert refused.json()["error"]["message"] == "the server is stopping"
+        assert int(refused.headers["retry-after"]) > 0
+        with running.client() as http:
+            assert http.get("/health").status_code == 503
+            assert http.post("/adapters").status_code == 503
+            assert http.get("/metrics").status_code == 200, "one can still watch"
+        idle = asyncio.run_coroutine_threadsafe(running.gate.idle(), running.loop)
+        assert not idle.done()
+        assert request.result().status_code == 200
+        idle.result(timeout=5)
+
+
+def test_a_dead_engine_is_a_503(running: Site) -> None:
+    answer = running.ask("die", "support")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+    assert answer.json()["error"]["message"] == "the engine died and is being restarted, ask again"
+    assert answer.json()["error"]["type"] == "ServiceUnavailableError"
+
+
+def test_a_stream_of_an_engine_that_dies_ends_with_a_clear_error(running: Site) -> None:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
+        heard = ""
+        with pytest.raises(openai.APIError, match="the engine died and is being restarted, ask again"):
+            for part in client.completions.create(model="support", prompt="a die-later b c", stream=True):
+                heard += part.choices[0].text
+    assert heard == "support@000000000000 says "
+    text = running.ask("die-later b c", stream=True).text
+    assert text.count("error") == 1
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_a_stream_that_breaks_off_says_so(running: Site) -> None:
+    *_, error, done, end = running.ask("crash-later b c", stream=True).text.split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the answer broke off, ask again"
+    assert (done, end) == ("data: [DONE]", "")
+    assert at_rest(running)
+
+
+def test_a_fault_of_the_application_is_its_own_500(running: Site) -> None:
+    assert running.ask("crash").status_code == 500
+    assert running.ask("x").status_code == 200
+    assert at_rest(running)
+
+
+def test_nothing_is_left_after_a_storm(tmp_path: Path) -> None:
+    """Clients that leave at any moment, adapters that change, loads that fail: in the end all is as at first."""
+    stop = threading.Event()
+    with site(tmp_path, places=3, quantum=0.02, limits=RequestLimits(max_waiting=20)) as running:
+        running.residency.seconds["billing@111111111111"] = 0.02
+
+        def swap() -> None:
+            number = 0
+            while not stop.wait(0.02):
+                number += 1
+                running.call(running.shelf.put, "support", Alias(Version("support", f"{number}")))
+
+        def client(n: int) -> int:
+            with running.client() as http:
+                model = ("support", "billing", BASE)[n % 3]
+                try:
+                    body = {"model": model, "prompt": "slow" if n % 5 == 0 else "x", "stream": n % 2 == 0}
+                    answer = http.post("/v1/completions", json=body, timeout=0.01 + (n * 7 % 40) / 100)
+                except httpx.TimeoutException:
+                    return 0
+            if answer.status_code == 200:
+                assert f"{model}" in answer.text.split(" says ")[0]
+            return answer.status_code
+
+        swapping = threading.Thread(target=swap)
+        swapping.start()
+        with ThreadPoolExecutor(24) as pool:
+            statuses = list(pool.map(client, range(300)))
+        stop.set()
+        swapping.join()
+        assert set(statuses) <= {0, 200, 429}
+        assert 200 in statuses
+        until(lambda: at_rest(running))
+        assert running.ask(model="support").status_code == 200

@@ -1,0 +1,185 @@
+"""What is told of requests: metrics by adapter, a line in the log for each, and what shadows would have answered."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from gated import BASE, TOKEN_SECONDS, Alias, Site, Version, site
+
+from serve.gate.keys import Keys
+from serve.gate.shadow import Heard
+
+LABELS = {"adapter": "support", "version": "000000000000"}
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path) as made:
+        yield made
+
+
+def until(true: Callable[[], bool]) -> None:
+    last = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < last
+        time.sleep(0.005)
+
+
+def test_requests_and_tokens_by_adapter_and_status(running: Site) -> None:
+    for _ in range(3):
+        running.ask("one two", "support")
+    running.ask("bad", "support")
+    running.ask("one")
+    running.ask("crash-later b c", "support", stream=True)
+    for name in ("made-up-1", "made-up-2"):
+        running.ask(model=name)
+    # The line is written when the client may have the answer already.
+    until(lambda: running.figure("qpack_requests_total", adapter="", version="", status="404") == 2)
+    assert running.figure("qpack_requests_total", **LABELS, status="200") == 3
+    assert running.figure("qpack_requests_total", **LABELS, status="400") == 1
+    assert running.figure("qpack_requests_total", **LABELS, status="error") == 1
+    assert running.figure("qpack_requests_total", adapter=BASE, version="", status="200") == 1
+    # Of the stream that broke off, what was estimated: a quarter of its bytes, and the pieces that came.
+    assert 3 * 2 < (running.figure("qpack_prompt_tokens_total", **LABELS) or 0) < 3 * 2 + 40
+    assert running.figure("qpack_output_tokens_total", **LABELS) == 3 * 4 + 2
+    assert running.figure("qpack_queue_seconds_count", **LABELS) == 5
+    assert running.figure("qpack_adapter_wait_seconds_count", **LABELS) == 5
+    assert running.figure("qpack_adapter_wait_seconds_count", adapter=BASE, version="") is None
+    with running.client() as http:
+        text = http.get("/metrics").text
+    assert "made-up" not in text
+    assert 'qpack_requests_total{adapter="support",status="200",version="000000000000"} 3.0' in text
+
+
+def test_times_of_streams(running: Site) -> None:
+    running.ask("slow slow", "support", stream=True)
+    until(lambda: running.figure("qpack_time_per_output_token_seconds_count", **LABELS) == 1)
+    first = running.figure("qpack_time_to_first_token_seconds_sum", **LABELS)
+    each = running.figure("qpack_time_per_output_token_seconds_sum", **LABELS)
+    assert first and each
+    assert first >= 10 * TOKEN_SECONDS
+    assert 9 * TOKEN_SECONDS < each < 30 * TOKEN_SECONDS
+    running.ask("x", "support")
+    assert running.figure("qpack_time_to_first_token_seconds_count", **LABELS) == 1, "not of whole answers"
+
+
+def test_the_present_is_shown(running: Site) -> None:
+    with (
+        running.client() as http,
+        http.stream(
+            "POST", "/v1/completions", json={"prompt": "slow slow", "model": "support", "stream": True}
+        ) as stream,
+    ):
+        pieces = stream.iter_bytes()
+        next(pieces)
+        shown = [running.figure(f"qpack_{name}") for name in ("requests_running", "adapters_running", "adapter_slots")]
+    assert shown == [1, 1, 2]
+
+
+def test_series_of_versions_that_are_gone_are_dropped(running: Site) -> None:
+    for number in range(5):
+        running.shelf.put("support", Alias(Version("support", f"{number}")))
+        running.ask(model="support")
+    running.ask()
+    until(lambda: running.figure("qpack_requests_total", adapter=BASE, version="", status="200") == 1)
+    with running.client() as http:
+        text = http.get("/metrics").text
+    assert 'version="4"' in text
+    assert not any(f'version="{number}"' in text for number in range(4))
+
+
+def test_a_line_for_every_request(running: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(Keys(tmp_path)) as keys:
+        key, token = keys.add("team")
+    with caplog.at_level(logging.INFO, "qpack.serve.access"):
+        running.ask("one two", "support", token=token, headers={"x-request-id": "r-1"})
+        running.ask("secret", "nothing", token=token)
+        running.ask()
+        with running.client(token) as http:
+            http.get("/health")
+            http.get("/v1/models")
+        until(lambda: len(caplog.records) == 4)
+    answered, unknown, closed, listed = [json.loads(record.message) for record in caplog.records]
+    assert answered["request_id"] == "r-1"
+    assert (answered["model"], answered["version"]) == ("support", "support@000000000000")
+    assert (answered["status"], answered["key"]) == (200, f"team (qp-{key.id})")
+    assert (answered["prompt_tokens"], answered["output_tokens"]) == (2, 4)
+    assert answered["seconds"] >= answered["queue_seconds"] >= 0
+    assert (unknown["status"], unknown["reason"]) == (404, "the model 'nothing' does not exist")
+    assert unknown["version"] is None
+    assert (closed["status"], closed["key"]) == (401, None)
+    assert (listed["path"], listed["status"]) == ("/v1/models", 200)
+    assert not any(token in record.message or "secret" in record.message for record in caplog.records)
+
+
+def shadows(running: Site, result: str) -> float:
+    return running.figure("qpack_shadow_answers_total", adapter="support", version="b", result=result) or 0
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_shadow_is_asked_and_not_heard(running: Site, streamed: bool) -> None:
+    """The stand-in says its own name, so that versions differ; a model of no name says the same."""
+    running.shelf.put("support", Alias(Version("support", "a"), shadow=Version("support", "b")))
+    answer = running.ask("hello", "support", stream=streamed)
+    assert "support@a " in answer.text
+    assert "support@b" not in answer.text
+    until(lambda: shadows(running, "different") == 1)
+    assert [asked["model"] for asked in running.engine.asked] == ["support@a", "support@b"]
+    assert not running.engine.asked[1].get("stream")
+    running.ask("hello", "support@a")
+    running.ask("bad", "support")
+    running.ask("hello", "billing")
+    assert len(running.engine.asked) == 5, "only what the alias has answered is copied"
+    assert running.figure("qpack_requests_total", adapter="support", version="b", status="200") is None
+
+
+def test_a_shadow_that_says_the_same(running: Site) -> None:
+    class Nameless(Version):
+        """Its engine's name is the live one's."""
+
+        @property
+        def id(self) -> str:
+            return "support@a"
+
+    running.shelf.put("support", Alias(Version("support", "a"), shadow=Nameless("support", "a")))
+    for streamed in (True, False):
+        running.ask("hello", "support", stream=streamed)
+    until(lambda: running.figure("qpack_shadow_answers_total", adapter="support", version="a", result="same") == 2)
+
+
+def test_a_shadow_that_fails_or_would_make_others_wait_is_counted(tmp_path: Path) -> None:
+    with site(tmp_path, places=1) as running, ThreadPoolExecutor(2) as pool:
+        running.shelf.put("support", Alias(Version("support", "a"), shadow=Version("support", "b")))
+        running.residency.broken.add("support@b")
+        running.ask("hello", "support")
+        until(lambda: shadows(running, "failed") == 1)
+        running.residency.broken.clear()
+        copied = pool.submit(running.ask, "slow", "support")
+        until(lambda: running.queue.inside == 1)
+        others = pool.submit(running.ask, "slow slow")
+        until(lambda: shadows(running, "skipped") == 1)
+        assert (copied.result().status_code, others.result().status_code) == (200, 200)
+
+
+def test_texts_of_answers() -> None:
+    def heard(text: str, *, streamed: bool = False) -> dict[int, str]:
+        answer = Heard()
+        for start in range(0, len(text), 7):
+            answer.add(text[start : start + 7].encode())
+        return answer.texts(streamed=streamed)
+
+    assert heard('{"choices": [{"index": 0, "text": "a"}, {"index": 1, "text": "b"}]}') == {0: "a", 1: "b"}
+    assert heard('{"choices": [{"index": 0, "message": {"content": "é"}}]}') == {0: "é"}
+    call = '{"function": {"name": "f", "arguments": "{}"}}'
+    assert heard(f'{{"choices": [{{"index": 0, "message": {{"content": null, "tool_calls": [{call}]}}}}]}}') == {
+        0: "f{}"
+    }
+    event = 'data: {"choices": [{"index": 0, "delta": {"content": "x"}}]}\n\n'
+    assert heard(f": keep-alive\n\n{event}{event}data: [DONE]\n\n", streamed=True) == {0: "xx"}
+    with pytest.raises(KeyError):
+        heard('{"error": {}}')
