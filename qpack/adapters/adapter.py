@@ -109,7 +109,10 @@ class Adapter:
         """Refuse all but plain LoRA on Linear weights, which is what an engine applies beside the base."""
         for setting in _NOT_PLAIN:
             if self.config.get(setting):
-                raise AdapterError(f"{self.path}: {setting} is {self.config[setting]!r}, which is not plain LoRA")
+                raise AdapterError(
+                    f"{self.path}: {setting} is {self.config[setting]!r}, which is not plain LoRA; "
+                    "merge the adapter into its base (`qpack merge`), pack the result, and serve that"
+                )
         if self.config.get("bias", "none") != "none":
             raise AdapterError(f"{self.path}: bias is {self.config['bias']!r}, expected 'none'")
         for name, shape in self.tensors.items():

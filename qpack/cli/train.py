@@ -30,13 +30,15 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 
 
 @click.command()
-@click.argument("base", type=DIRECTORY)
+@click.argument("model", type=DIRECTORY, metavar="BASE")
 @click.argument("data", nargs=-1, required=True)
 @click.option("-o", "--output", type=DIRECTORY, required=True, help="Adapter directory to write.")
+@setting("--base", str, "4bit: BASE is packed; 16bit: plain LoRA on a checkpoint that is not.")
 @setting("--r", int, "Rank of the LoRA factors.")
 @setting("--lora-alpha", int, "The adapter's output is scaled by lora-alpha / r.")
 @setting("--lora-dropout", float, "Dropout before the adapter.")
 @setting("--target-modules", str, "all-linear, names by commas, or a regular expression for full names.")
+@setting("--modules-to-save", str, "Modules to train whole, by names; vLLM does not serve them.")
 @_pattern("--rank-pattern", "Another rank for the modules that match; repeatable.")
 @_pattern("--alpha-pattern", "Another lora-alpha for the modules that match; repeatable.")
 @_switch("--use-rslora", "Scale by lora-alpha / sqrt(r).")
@@ -80,7 +82,7 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 @force
 @verbosity
 def train(
-    base: Path,
+    model: Path,
     data: tuple[str, ...],
     output: Path,
     eval_data: tuple[str, ...],
@@ -89,7 +91,7 @@ def train(
     quiet: bool,
     **flags: Any,
 ) -> None:
-    """Train a LoRA adapter for the packed model BASE on DATA.
+    """Train a LoRA adapter for the model BASE on DATA.
 
     DATA is a file (JSONL, JSON, CSV, Parquet, text), a directory or a data set of the Hugging Face hub; behind a colon
     may stand how often its rows are used in an epoch. `qpack data` shows what the model would see.
@@ -102,7 +104,7 @@ def train(
     settings = load_settings(config, **given) if config else TrainSettings(**given)
     first = Processes.launched().first
     with panel(quiet=quiet or not first) as on_event:
-        report = qpack.train(base, data, output, settings, eval_data=eval_data or None, force=force, on_event=on_event)
+        report = qpack.train(model, data, output, settings, eval_data=eval_data or None, force=force, on_event=on_event)
     if not first:
         return
     loss = f"loss {report.first_loss:.3f} to {report.final_loss:.3f}"

@@ -101,7 +101,7 @@ def unfuse_experts(model: nn.Module, names: Projections) -> int:
     Raises:
         CheckpointError: the experts are of a kind that cannot be replaced.
     """
-    fused = [(name, module) for name, module in model.named_modules() if all(hasattr(module, flag) for flag in _FLAGS)]
+    fused = [(name, module) for name, module in model.named_modules() if _is_fused(module)]
     for name, module in fused:
         model.set_submodule(name, Experts(module, names))
     return len(fused)
@@ -110,3 +110,12 @@ def unfuse_experts(model: nn.Module, names: Projections) -> int:
 def has_experts(model: nn.Module) -> bool:
     """Whether any layer of ``model`` holds :class:`Experts`."""
     return any(isinstance(module, Experts) for module in model.modules())
+
+
+def holds_fused_experts(model: nn.Module) -> bool:
+    """Whether any layer of ``model`` has all experts in 3-D parameters, as transformers itself loads them."""
+    return any(map(_is_fused, model.modules()))
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return all(hasattr(module, flag) for flag in _FLAGS)

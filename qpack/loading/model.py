@@ -1,5 +1,6 @@
-"""One call from a packed directory to a transformers model that computes, takes LoRA and trains."""
+"""One call from a directory, packed or plain, to a transformers model that computes, takes LoRA and trains."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,40 @@ def load(
     """
     directory = Path(directory)
     require_packed(directory)
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+
+    def declare(config: Any) -> None:
         declared = config.quantization_config
         if dtype is not None:
             declared["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-            kwargs["dtype"] = dtype
         config.quantization_config = _config_class(sharded=sharded).declared_by(declared)
+
+    model = _from_pretrained(directory, declare, dtype=dtype, device_map=device_map, **kwargs)
+    keep_weights_in_place(model)
+    if has_experts(model):
+        from qpack.loading.adapters import teach_peft
+
+        teach_peft()
+    return model
+
+
+def load_plain(directory: Path, *, dtype: torch.dtype, device_map: Any) -> PreTrainedModel:
+    """Load a checkpoint that is not quantized as transformers does; all of its weights become ``dtype``.
+
+    Raises:
+        CheckpointError: it cannot be read, or lacks or has more tensors than the model.
+    """
+    return _from_pretrained(directory, lambda config: None, dtype=dtype, device_map=device_map)
+
+
+def _from_pretrained(
+    directory: Path, configure: Callable[[Any], None], *, dtype: torch.dtype | None, device_map: Any, **kwargs: Any
+) -> PreTrainedModel:
+    """What transformers makes of the directory, which must be all of the model, its config changed by ``configure``."""
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        configure(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -75,11 +103,6 @@ def load(
             rest = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
             shown = ", ".join(names[:_NAMES_SHOWN])
             raise CheckpointError(f"{directory}: {kind.replace('_', ' ')}: {shown}{rest}")
-    keep_weights_in_place(model)
-    if has_experts(model):
-        from qpack.loading.adapters import teach_peft
-
-        teach_peft()
     return model
 
 

@@ -1,6 +1,6 @@
-"""The model under training: the packed base in the chosen compute dtype, with float32 LoRA on its linear layers.
+"""The model under training: the base in the chosen compute dtype, with float32 LoRA on its linear layers.
 
-The base is frozen as it was packed; only the adapter is float32. LoRA in bfloat16, the default of some trainers on a
+The base is frozen as it was stored; only the adapter is float32. LoRA in bfloat16, the default of some trainers on a
 4-bit base, loses most small updates: at learning rate 1e-5 93 % of them round to nothing.
 """
 
@@ -15,9 +15,11 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qpack.errors import CheckpointError, TrainingError
-from qpack.loading.model import load
+from qpack.loading.experts import holds_fused_experts
+from qpack.loading.model import load, load_plain
 from qpack.training.compute import Compute
 from qpack.training.settings import TrainSettings, names_in
+from qpack.training.whole_modules import find_whole_modules, make_float32, stays_tied
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
@@ -33,8 +35,8 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base: Path, compute: Compute, *, sharded: bool = False) -> PreTrainedModel:
-    """Load a packed checkpoint for training, or the part of it that is this process's.
+def load_base(base: Path, compute: Compute, *, plain: bool = False, sharded: bool = False) -> PreTrainedModel:
+    """Load a packed or a ``plain`` checkpoint for training, or the part of it that is this process's.
 
     The compute dtype is ours, not the one that its config.json suggests to whoever loads it: that one was chosen on
     the machine that packed the model.
@@ -44,16 +46,19 @@ def load_base(base: Path, compute: Compute, *, sharded: bool = False) -> PreTrai
     """
     # accelerate compares the device with its own, which has a number.
     device = f"cuda:{torch.cuda.current_device()}" if compute.device == "cuda" else compute.device
+    if plain:
+        return load_plain(base, dtype=compute.dtype, device_map={"": device})
     return load(base, dtype=compute.dtype, device_map={"": device}, sharded=sharded)
 
 
 def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
-    """Freeze the base and put float32 LoRA on the layers that the settings name.
+    """Freeze the base and put float32 LoRA on the layers that the settings name, and copies of what is trained whole.
 
     Raises:
-        TrainingError: a name or a pattern matches no linear layer of the model.
+        TrainingError: a name or a pattern matches no linear layer of the model, or a module that cannot be trained.
     """
     names = names_in(settings.target_modules)
+    whole = find_whole_modules(model, settings)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -63,8 +68,15 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
         alpha_pattern=dict(settings.alpha_pattern),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
+        modules_to_save=whole or None,
+        ensure_weight_tying=stays_tied(model, whole),
         task_type="CAUSAL_LM",
     )
+    if settings.target_modules == "all-linear" and holds_fused_experts(model):
+        raise TrainingError(
+            "target_modules: all-linear does not reach experts of which a layer has all in one tensor; name the layers "
+            "to adapt, or pack the base, in which each expert has linear layers of its own"
+        )
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for name in names:
         _require_match("target_modules", name, re.escape(name), linear)
@@ -72,7 +84,11 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
         _require_match("target_modules", settings.target_modules, settings.target_modules, linear, whole=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # refused below
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # bfloat16 to float32
+        try:
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # bfloat16 to float32
+        except ValueError as error:  # PEFT has rules for some families
+            raise TrainingError(f"target_modules: {_one_line(error)}") from error
+    make_float32(adapted)
     chosen = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(settings, field):
@@ -102,7 +118,7 @@ def require_float32_adapter(model: torch.nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise TrainingError(f"{name}: expected a float32 LoRA weight, found {parameter.dtype}")
+            raise TrainingError(f"{name}: expected a float32 weight, found {parameter.dtype}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from qpack.adapters.record import Base, Record
 from qpack.data import DataOptions, Dataset, Rows, encode, encode_preferences, read, read_preferences
 from qpack.data.reading import Arguments
 from qpack.errors import DataError, TrainingError
-from qpack.loading.base import require_packed
+from qpack.loading.base import require_packed, require_plain
 from qpack.loading.weights import Original
 from qpack.output import resumable_directory
 from qpack.training.checkpoints import Checkpoints
@@ -60,7 +60,7 @@ def train(
     on_progress: Callable[[int, int], None] | None = None,
     on_event: Listener | None = None,
 ) -> TrainReport:
-    """Train a LoRA adapter for a packed base on conversations and texts.
+    """Train a LoRA adapter for a base, packed or not, on conversations and texts.
 
     The output directory holds what PEFT and vLLM load: adapter_config.json, adapter_model.safetensors (float32), the
     tokenizer with its chat template, and qpack_adapter.json, which says what it was trained on; beside them
@@ -71,7 +71,8 @@ def train(
     without interruption. A call with another base, other data or settings that matter begins anew.
 
     Args:
-        base: directory of a bitsandbytes NF4 checkpoint; the adapter names it as it is given here.
+        base: directory of a bitsandbytes NF4 checkpoint, or with ``settings.base`` of a plain one; the adapter names
+            it as it is given here.
         data: a file, directory or data set of the hub, or several with weights: see :mod:`qpack.data.sources`; what a
             row may be, :mod:`qpack.data.formats` says.
         output: the directory to make.
@@ -83,7 +84,7 @@ def train(
         on_event: called with everything that happens, see `qpack.training.report`.
 
     Raises:
-        CheckpointError: the base is not a packed checkpoint or cannot be loaded.
+        CheckpointError: the base is not what ``settings.base`` says, or cannot be loaded.
         DataError: the data cannot be used; the message names file and line.
         OutputExistsError: the output exists and ``force`` was not given, or it is not an adapter.
         TrainingError: the loss or a gradient is no longer finite, memory does not suffice for one sequence, the run is
@@ -148,7 +149,8 @@ def _train(
             if processes.size > 1 and processes.first:
                 logger.info("%s", processes.describe(settings, compute.device))
             set_seed(settings.seed)
-            model = add_lora(load_base(base, compute, sharded=settings.fsdp), settings)
+            loaded = load_base(base, compute, plain=settings.base == "16bit", sharded=settings.fsdp)
+            model = add_lora(loaded, settings)
             record = Record(
                 versions={library: version(library) for library in LIBRARIES},
                 base=identity,
@@ -214,7 +216,10 @@ def _train(
 
 def _identify(base: Path, settings: TrainSettings) -> Base:
     """Tell which base it is, and that what the settings say of it is so."""
-    checkpoint = require_packed(base)
+    if settings.base == "16bit":
+        checkpoint = require_plain(base, hint="a packed base is trained without --base 16bit")
+    else:
+        checkpoint = require_packed(base, hint="run `qpack convert` on it, or train it unpacked with --base 16bit")
     identity = Base.of(checkpoint)
     if settings.init_from_error:
         Original.open(Path(settings.init_from_error), checkpoint).require_origin(identity)

@@ -14,6 +14,9 @@ from typing import Any
 from qpack.data.options import FORMATS, LOSSES, ON_BAD_ROW
 from qpack.errors import DataError
 
+BASES = ("4bit", "16bit")
+"""What a base is: packed, or a checkpoint as it is on the hub."""
+
 METHODS = ("sft", "dpo")
 """Supervised fine-tuning, and direct preference optimization."""
 
@@ -35,11 +38,14 @@ class TrainSettings:
     """Hyper-parameters of one run; an impossible value raises :class:`~qpack.errors.DataError` naming its field.
 
     Attributes:
+        base: what the base is, one of :data:`BASES`; ``16bit`` trains plain LoRA on an unpacked checkpoint.
         r: rank of the LoRA matrices.
         lora_alpha: the adapter's output is scaled by ``lora_alpha / r``.
         lora_dropout: share of the adapter's inputs dropped while training.
         target_modules: what LoRA is put on: ``all-linear`` (but for the output head), names of modules separated by
             commas (``q_proj,v_proj``) or in a list, or a regular expression for their full names.
+        modules_to_save: modules to train whole, as float32 copies: the ends of their names, separated by commas or in a
+            list (``embed_tokens,lm_head``). vLLM does not serve such an adapter.
         rank_pattern: other ranks than ``r``, by a regular expression for the end of a module's name.
         alpha_pattern: other values than ``lora_alpha``, likewise.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
@@ -80,10 +86,12 @@ class TrainSettings:
         seed: decides the initial adapter, the order of the data and the dropout.
     """
 
+    base: str = "4bit"
     r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     target_modules: str = "all-linear"
+    modules_to_save: str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int] = field(default_factory=dict)
     use_rslora: bool = False
@@ -123,19 +131,13 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Refuse wrong types and values out of range; a field may be None where that is its default."""
         # The way of a frozen dataclass to hold what its checks have worked out.
-        object.__setattr__(self, "target_modules", _joined(self.target_modules))
+        for name in ("target_modules", "modules_to_save"):
+            object.__setattr__(self, name, _joined(getattr(self, name)))
         for setting in fields(self):
             value = getattr(self, setting.name)
             if value is not None or setting.default is not None:
                 _CHECKS[setting.name](setting.name, value)
-        if self.packing and self.method == "dpo":
-            raise DataError("packing: not for method 'dpo', which compares sequences with each other")
-        if self.init_from_error and self.use_dora:
-            raise DataError("use_dora: not with init_from_error, whose norms would be those of another weight")
-        if self.init_from_error and self.method == "dpo":
-            raise DataError("init_from_error: not for method 'dpo', whose reference is the base without it")
-        if self.fsdp and self.use_dora:
-            raise DataError("use_dora: needs whole weights for their norms, which no process has with fsdp")
+        _refuse_together(self)
 
 
 def names_in(text: str) -> list[str]:
@@ -146,6 +148,30 @@ def names_in(text: str) -> list[str]:
 def checkpointing(settings: TrainSettings, device: str) -> bool:
     """Whether a run on ``cuda`` or ``cpu`` computes activations again instead of keeping them."""
     return device == "cuda" if settings.gradient_checkpointing is None else settings.gradient_checkpointing
+
+
+def _refuse_together(settings: TrainSettings) -> None:
+    """Refuse settings that are each possible, but not with each other."""
+    dpo, plain = settings.method == "dpo", settings.base == "16bit"
+    from_error = settings.init_from_error is not None
+    conflicts = {
+        "packing: not for method 'dpo', which compares sequences with each other": settings.packing and dpo,
+        "init_from_error: not for method 'dpo', whose reference is the base without it": from_error and dpo,
+        "init_from_error: not for base '16bit', which has lost nothing": from_error and plain,
+        "init_from_error: not with use_dora, whose norms would be those of another weight": (
+            from_error and settings.use_dora
+        ),
+        "fsdp: shards packed bases, not base '16bit'": settings.fsdp and plain,
+        "modules_to_save: copies whole modules, which no process has with fsdp": (
+            settings.fsdp and settings.modules_to_save is not None
+        ),
+        "use_dora: needs whole weights for their norms, which no process has with fsdp": (
+            settings.fsdp and settings.use_dora
+        ),
+    }
+    for message, found in conflicts.items():
+        if found:
+            raise DataError(message)
 
 
 def load_settings(path: Path | str, **overrides: Any) -> TrainSettings:
@@ -258,6 +284,11 @@ def _targets(name: str, value: Any) -> None:
         raise DataError(f"{name}: expected all-linear, names or a regular expression, found {value!r}")
 
 
+def _names(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not names_in(value):
+        raise DataError(f"{name}: expected names of modules, separated by commas, found {value!r}")
+
+
 def _pattern(name: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         raise DataError(f"{name}: expected regular expressions with a number each, found {value!r}")
@@ -280,7 +311,9 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("fsdp", "packing", "group_by_length", "gradient_checkpointing", "use_rslora", "use_dora"), _flag),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _pattern),
     "target_modules": _targets,
+    "modules_to_save": _names,
     "init_from_error": _directory,
+    "base": _choice(BASES),
     "max_length": _integer(minimum=2),  # one token to read, one to predict
     "lora_dropout": _number(lambda value: 0 <= value < 1, "at least 0 and less than 1"),
     "loraplus_lr_ratio": _number(lambda value: value >= 1, "at least 1"),

@@ -41,7 +41,7 @@ def test_compute_dtype_is_ours_and_lora_is_float32(base: Path, compute: Compute)
 
 def test_cast_adapter_is_refused(base: Path) -> None:
     model = adapted(base, BFLOAT16).to(torch.bfloat16)
-    with pytest.raises(TrainingError, match=r"lora_A.* expected a float32 LoRA weight, found torch\.bfloat16"):
+    with pytest.raises(TrainingError, match=r"lora_A.* expected a float32 weight, found torch\.bfloat16"):
         require_float32_adapter(model)
 
 

@@ -80,7 +80,7 @@ def test_empty_file_means_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rank: 8\n", "unknown setting 'rank', expected one of r, lora_alpha, "),
+        ("rank: 8\n", "unknown setting 'rank', expected one of base, r, lora_alpha, "),
         ("r: eight\n", "r: expected an integer, found 'eight'"),
         ("- r\n", "expected 'field: value' lines, found a list"),
         ("r: [1\n", "not a YAML file: "),
