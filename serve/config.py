@@ -5,11 +5,11 @@ asked for; a name that is illegal, used twice, or the base's own. An adapter who
 too, unless ``force`` is set.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from qpack.adapters.adapter import CONFIG_NAME, Adapter
 from qpack.adapters.record import check_base
@@ -47,6 +47,8 @@ class ServeConfig:
     """Rank that a slot has room for, one of `LORA_RANKS`. By default the smallest that the adapters fit in."""
     max_model_len: int | None = None
     """Tokens in a prompt and its answer. By default what the model and the memory for the KV cache allow."""
+    drain_timeout: float = 30.0
+    """Seconds that streams may take to end after SIGTERM."""
     force: bool = False
     """Serve an adapter although its record names another base."""
     verbose: bool = False
@@ -66,7 +68,7 @@ class ServeConfig:
 
         fill = object.__setattr__  # the way of a frozen dataclass to hold what its checks have worked out
         fill(self, "base", base)
-        fill(self, "adapters", MappingProxyType(adapters))
+        fill(self, "adapters", adapters)
         if opened:
             fill(self, "max_loras", self.max_loras or len(opened))
             fill(self, "max_lora_rank", _slot_rank(opened, self.max_lora_rank))
@@ -119,6 +121,8 @@ def _check_names(base: Path, adapters: Mapping[str, Path]) -> None:
 def _check_numbers(config: ServeConfig) -> None:
     if not 0 <= config.port <= 65535:
         raise ServeError(f"port {config.port}: expected 0 to 65535")
+    if not 0 <= config.drain_timeout < math.inf:
+        raise ServeError(f"drain_timeout {config.drain_timeout}: expected 0 or more seconds")
     for option in ("max_loras", "max_model_len"):
         value = getattr(config, option)
         if value is not None and value < 1:

@@ -5,10 +5,9 @@ which cannot be called whole: it would take the port a second time, and it does 
 """
 
 import json
+import math
 import socket
-import threading
 from argparse import Namespace
-from typing import Any
 
 import psutil
 import uvloop
@@ -22,12 +21,14 @@ from vllm.utils.system_utils import set_ulimit
 
 from qpack.errors import ServeError
 from serve.config import ServeConfig
+from serve.control import Parent
+from serve.endpoint import Serving
 
 _GIB = 1 << 30
 
 
-def run(config: ServeConfig, listener: socket.socket) -> None:
-    """Load the engine and serve on the bound socket until a signal.
+def run(config: ServeConfig, listener: socket.socket, parent: Parent) -> None:
+    """Load the engine and serve on the bound socket until the parent asks for the end.
 
     Raises:
         ServeError: if the engine does not load, or dies later.
@@ -35,14 +36,15 @@ def run(config: ServeConfig, listener: socket.socket) -> None:
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(engine_arguments(config, listener.getsockname()[1]))
+    args.qpack = Serving(config, parent)
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     set_ulimit()
     try:
-        asked_to_stop = uvloop.run(_serve(args, listener))
+        uvloop.run(_serve(args, listener))
     except Exception as error:
         raise ServeError(f"the engine did not start: {' '.join(str(error).split())}") from error
-    if not asked_to_stop:
+    if not parent.draining.is_set():
         raise ServeError("the engine died; what it wrote last, above, says why")
 
 
@@ -55,6 +57,7 @@ def engine_arguments(config: ServeConfig, port: int) -> list[str]:
         "port": port,
         "max-model-len": config.max_model_len or "auto",
         "middleware": "serve.routes.AllowedRoutes",
+        "shutdown-timeout": math.ceil(config.drain_timeout),
         "uvicorn-log-level": "info" if config.verbose else "warning",
     }
     flags = [] if config.verbose else ["--disable-uvicorn-access-log", "--no-use-tqdm-on-load"]
@@ -76,21 +79,7 @@ def engine_arguments(config: ServeConfig, port: int) -> list[str]:
     return [*(f"--{name}={value}" for name, value in options.items()), *flags]
 
 
-async def _serve(args: Namespace, listener: socket.socket) -> bool:
-    """Serve until the end and return whether a signal asked for it.
-
-    On a signal vLLM's server shuts the engine down before it returns; on the death of the engine it just returns.
-    """
-    asked_to_stop = threading.Event()
+async def _serve(args: Namespace, listener: socket.socket) -> None:
     async with build_async_engine_client(args) as engine:
-        shut_down = engine.shutdown
-
-        def noted(*args: Any, **kwargs: Any) -> None:
-            asked_to_stop.set()
-            shut_down(*args, **kwargs)
-
-        engine.shutdown = noted  # type: ignore[method-assign]
         closing = await build_and_serve(engine, "qpack", listener, args)
-        ended_by_signal = asked_to_stop.is_set()
     await closing
-    return ended_by_signal

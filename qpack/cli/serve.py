@@ -20,6 +20,9 @@ from qpack.cli.options import DIRECTORY, verbosity
 @click.option("--max-loras", type=click.IntRange(1), help="Adapters in one batch.  [default: all]")
 @click.option("--max-lora-rank", type=int, help="Largest rank of an adapter.  [default: the adapters' largest]")
 @click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and answer, in tokens.")
+@click.option(
+    "--drain-timeout", type=click.FloatRange(0), default=30, show_default=True, help="Seconds to end streams in."
+)
 @click.option("--force", is_flag=True, help="Serve adapters that were trained on another base, too.")
 @verbosity
 def serve(pairs: tuple[str, ...], folder: Path | None, quiet: bool, **options: Any) -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import httpx
 import openai
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -126,15 +127,9 @@ class ServerProcess:
                 return error.code
 
     def kill_engine(self) -> None:
-        """Kill vLLM's engine process, a child that names itself."""
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):  # of a process that has ended meanwhile
-                pid, _, rest = stat.read_text().partition(" (")
-                name, _, fields = rest.rpartition(") ")
-                if name.startswith("VLLM::Engine") and int(fields.split()[1]) == self._process.pid:
-                    os.kill(int(pid), signal.SIGKILL)
-                    return
-        raise AssertionError("no engine process")
+        """Kill vLLM's engine process."""
+        [engine] = [one for one in psutil.Process(self._process.pid).children(recursive=True) if "Engine" in one.name()]
+        engine.kill()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
@@ -303,7 +298,21 @@ def test_a_start_is_quiet_but_not_silent(crowded: ServerProcess) -> None:
     assert not re.search(r" (INFO|WARNING|ERROR) ", crowded.output)
 
 
-def test_a_dead_engine_is_a_failure(crowded: ServerProcess) -> None:
-    crowded.kill_engine()
-    assert crowded.wait() == 1
-    assert crowded.output.rstrip().splitlines()[-1].startswith("error: the engine died")
+def test_a_dead_engine_is_replaced(crowded: ServerProcess, expected: dict[Question, list[int]]) -> None:
+    """Killed in the middle of a stream: that breaks, whoever asks next is told to wait, and then all is as before."""
+    with openai.OpenAI(base_url=f"{crowded.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(
+            model="alpha", prompt="hello", max_tokens=120, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        crowded.kill_engine()
+        with pytest.raises((openai.APIError, httpx.RemoteProtocolError)):
+            assert sum(1 for _ in stream) >= 119
+            raise AssertionError("the stream came to its end")
+    crowded.wait_for(r"^the engine died; .* starting it again in 1 s$")
+    while crowded.status("GET", "/health") != 503:
+        time.sleep(0.05)
+    assert crowded.status("POST", "/v1/completions") == 503
+    crowded.wait_for(r"(?s)^ready .*^ready ")
+    assert ask(crowded, [*expected]) == [*expected.values()]
+    assert crowded.stop(signal.SIGTERM) == 0

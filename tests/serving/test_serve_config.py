@@ -122,9 +122,10 @@ def test_a_port_is_taken_from_the_start() -> None:
 
 
 def test_the_environment_keeps_what_is_set() -> None:
-    assert engine_environment({}, verbose=True) == {"VLLM_NO_USAGE_STATS": "1"}
+    plugins = {"VLLM_PLUGINS": "bitsandbytes,qpack"}
+    assert engine_environment({}, verbose=True) == {"VLLM_NO_USAGE_STATS": "1"} | plugins
     quiet = engine_environment({"VLLM_LOGGING_LEVEL": "DEBUG", "PYTHONWARNINGS": "error"}, verbose=False)
-    assert quiet == {"VLLM_NO_USAGE_STATS": "1"}
+    assert quiet == {"VLLM_NO_USAGE_STATS": "1"} | plugins
 
 
 def test_a_list_of_plugins_is_completed() -> None:
