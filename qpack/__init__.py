@@ -22,11 +22,13 @@ from qpack.errors import (
 if TYPE_CHECKING:
     __version__: str
     from qpack.adapters.adapter import Adapter
+    from qpack.adapters.combining import Combination
     from qpack.checkpoint import Checkpoint
     from qpack.conversion import ConvertReport, DryRun, convert, plan_conversion
     from qpack.data.survey import Survey, survey
     from qpack.inspection import Inspection, inspect
     from qpack.loading.model import load
+    from qpack.merging.combined import CombineReport, combine
     from qpack.merging.merging import MergePlan, MergeReport, merge, plan_merge
     from qpack.packing import ConvertOptions
     from qpack.quantization import QuantizedWeight, dequantize, quantize
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "qpack.adapters.adapter",
     "Checkpoint": "qpack.checkpoint",
+    "Combination": "qpack.adapters.combining",
+    "CombineReport": "qpack.merging.combined",
     "ConvertOptions": "qpack.packing",
     "ConvertReport": "qpack.conversion",
     "DryRun": "qpack.conversion",
@@ -47,6 +51,7 @@ _HOMES = {
     "TrainReport": "qpack.training",
     "TrainSettings": "qpack.training",
     "Verification": "qpack.verification",
+    "combine": "qpack.merging.combined",
     "convert": "qpack.conversion",
     "dequantize": "qpack.quantization",
     "inspect": "qpack.inspection",
@@ -65,6 +70,8 @@ __all__ = [
     "AdapterError",
     "Checkpoint",
     "CheckpointError",
+    "Combination",
+    "CombineReport",
     "ConvertOptions",
     "ConvertReport",
     "DataError",
@@ -84,6 +91,7 @@ __all__ = [
     "TrainingError",
     "Verification",
     "__version__",
+    "combine",
     "convert",
     "dequantize",
     "inspect",

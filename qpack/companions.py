@@ -20,6 +20,15 @@ _NOT_COPIED = (
     "*.gguf",
 )
 
+_TOKENIZER = (
+    "added_tokens.json",
+    "chat_template.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab.*",
+)
+
 
 def find_companions(source: Path) -> tuple[Path, ...]:
     """Every top-level file of ``source`` except weights, config.json and hidden files.
@@ -41,6 +50,13 @@ def copy_companions(source: Path, destination: Path) -> tuple[str, ...]:
     for path in companions:
         shutil.copyfile(path, destination / path.name)
     return tuple(path.name for path in companions)
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy the files of the tokenizer that stands in ``source``, if one does, and its chat template."""
+    for path in find_companions(source):
+        if any(map(path.match, _TOKENIZER)):
+            shutil.copyfile(path, destination / path.name)
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import qpack
 
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
+
 
 def write_adapter(directory: Path, base: Path, **settings: Any) -> Path:
     """A LoRA adapter for ``base`` by stock PEFT, with both factors drawn at random."""
@@ -21,6 +23,21 @@ def write_adapter(directory: Path, base: Path, **settings: Any) -> Path:
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     model.save_pretrained(str(directory), save_embedding_layers=False)
+    return directory
+
+
+def draw_adapter(directory: Path, base: Path, *, seed: int = 1, **settings: Any) -> Path:
+    """An adapter by stock PEFT, in f32, with everything that it trains drawn at random."""
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**LORA | settings)
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = (
+                parameter.data * (1 + 0.1 * torch.randn(parameter.shape)) + torch.randn(parameter.shape) * 0.05
+            )
+    model.save_pretrained(str(directory))
     return directory
 
 
@@ -41,3 +58,10 @@ def unpacked(packed: Path) -> dict[str, torch.Tensor]:
         state.dtype = torch.float32
         weights[name] = bnb.dequantize_4bit(codes, state)
     return stored | weights
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """F64 to bf16, to nearest, ties to even; torch's own cast goes by way of f32 and rounds twice."""
+    bits = weight.view(torch.int64)
+    bits = (bits + (1 << 44) - 1 + ((bits >> 45) & 1)) >> 45 << 45  # 52 bits of mantissa to 7
+    return bits.view(torch.float64).to(torch.bfloat16)

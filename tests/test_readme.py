@@ -138,7 +138,8 @@ def test_docs_merge_runs_from_top_to_bottom(workspace: Path) -> None:
     for language, block in all_blocks(MERGE):
         if language == "sh":
             run_commands(block, workspace)
-    for name in ("merged", "merged-original", "merged-sum"):
+    assert (workspace / "both" / "adapter_config.json").is_file()
+    for name in ("merged", "merged-original", "merged-sum", "merged-ties"):
         assert "quantization_config" not in json.loads((workspace / name / "config.json").read_text())
     assert "quantization_config" in json.loads((workspace / "merged-nf4" / "config.json").read_text())
 

@@ -32,9 +32,8 @@ _UNSUPPORTED = (
     "velora_config",
 )
 
-# What an engine that adds low-rank products to the outputs of Linear layers does not apply.
-_NOT_PLAIN = (
-    "fan_in_fan_out",
+# What adapters hold beside pairs of factors, one for each weight.
+_NOT_FACTORS = (
     "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
@@ -46,6 +45,7 @@ _NOT_PLAIN = (
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 _PLAIN_TENSOR = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight")
+_FACTOR = re.compile(r"base_model\.model\..+\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,16 @@ class Adapter:
 
     def require_plain(self) -> None:
         """Refuse all but plain LoRA on Linear weights, which is what an engine applies beside the base."""
-        for setting in _NOT_PLAIN:
+        self._require_settings("fan_in_fan_out", *_NOT_FACTORS)
+        self._require_tensors(_PLAIN_TENSOR, "a factor of a Linear weight")
+
+    def require_factors(self) -> None:
+        """Refuse all but pairs of factors, of Linear layers and embeddings, and the copies that PEFT saves of these."""
+        self._require_settings(*_NOT_FACTORS)
+        self._require_tensors(_FACTOR, "a factor of a weight")
+
+    def _require_settings(self, *refused: str) -> None:
+        for setting in refused:
             if self.config.get(setting):
                 raise AdapterError(
                     f"{self.path}: {setting} is {self.config[setting]!r}, which is not plain LoRA; "
@@ -115,9 +124,11 @@ class Adapter:
                 )
         if self.config.get("bias", "none") != "none":
             raise AdapterError(f"{self.path}: bias is {self.config['bias']!r}, expected 'none'")
+
+    def _require_tensors(self, names: re.Pattern[str], what: str) -> None:
         for name, shape in self.tensors.items():
-            if not _PLAIN_TENSOR.fullmatch(name):
-                raise AdapterError(f"{self.path}: tensor {name} of shape {shape} is not a factor of a Linear weight")
+            if not names.fullmatch(name):
+                raise AdapterError(f"{self.path}: tensor {name} of shape {shape} is not {what}")
 
     def _pattern(self, setting: str, module: str, default: float) -> float:
         """The value of the first pattern that matches ``module``, by PEFT's rule: a regex for a suffix of its name."""

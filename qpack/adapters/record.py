@@ -72,9 +72,9 @@ class Record:
     """Of qpack and of the libraries that it trained with."""
     base: Base
     settings: Mapping[str, Any]
-    """The fields of `qpack.TrainSettings`."""
+    """The fields of `qpack.TrainSettings`; of a combined adapter, what it was made of."""
     data: Mapping[str, Any]
-    """``digest`` of what was trained on, and counts."""
+    """``digest`` of what was trained on, and counts; empty for a combined adapter, as are the metrics."""
     template: str | None
     """The chat template that the data was rendered with; None for plain text."""
     metrics: Mapping[str, float]

@@ -51,13 +51,20 @@ class Changes:
 def changes(adapter: Adapter, base: Checkpoint, transposed: Collection[str], *, weight: float = 1.0) -> Changes:
     """Find what ``adapter`` changes in ``base``, whose weights ``transposed`` lie as (in_features, out_features).
 
-    ``weight`` multiplies the low-rank changes.
+    ``weight`` multiplies the low-rank changes, and can be other than 1 only where all changes are such.
 
     Raises:
-        AdapterError: a tensor changes nothing of the base, has no partner, or another shape than the base's weight.
+        AdapterError: a tensor changes nothing of the base, has no partner, or another shape than the base's weight, or
+            is not of a change that has a weight.
     """
     reader = _Reader(adapter, base, frozenset(transposed), weight)
     found = reader.read()
+    for name, change in found.items():
+        if weight != 1 and not (isinstance(change, Change) and change.magnitude is None):
+            raise AdapterError(
+                f"{adapter.path}: its weight is {weight:g}, but what it does to {name} is no sum that could be "
+                "multiplied; expected 1"
+            )
     return _untie(reader, found)
 
 

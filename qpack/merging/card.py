@@ -1,10 +1,10 @@
 """The model card of a merged checkpoint: what it was made of. The same inputs give the same card: no times."""
 
-from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from qpack._core import __version__
-from qpack.adapters.adapter import Adapter
+from qpack.adapters.combining import Combination, Weighted
 from qpack.adapters.record import Base
 from qpack.checkpoint import Checkpoint
 
@@ -12,7 +12,12 @@ CARD_NAME = "README.md"
 
 
 def write_card(
-    directory: Path, base: Checkpoint, onto: Checkpoint, adapters: Iterable[tuple[Adapter, float]], stored: str
+    directory: Path,
+    base: Checkpoint,
+    onto: Checkpoint,
+    adapters: Weighted,
+    combination: Combination,
+    stored: str,
 ) -> None:
     """Write README.md into ``directory``; ``stored`` says how the result is, in words."""
     made = Base.of(base)
@@ -27,4 +32,7 @@ def write_card(
     for adapter, weight in adapters:
         name = adapter.path.resolve().name
         lines += [f"- adapter: {name}, fingerprint `{adapter.fingerprint()}`, weight {weight:g}"]
+    if len(adapters) > 1:
+        kind, *settings = (f"{name} {value}" for name, value in asdict(combination).items() if value is not None)
+        lines += [f"- adapters combined as PEFT's {', '.join([kind.removeprefix('kind '), *settings])}"]
     (directory / CARD_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -12,15 +12,19 @@ layer, are refused: merge onto the original.
 
 import json
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
 
 from qpack import _core
 from qpack.adapters.adapter import Adapter
 from qpack.adapters.changes import AnyChange, Change
+from qpack.adapters.combining import CAT, Combination, Weighted, combine_factors, module_names
 from qpack.adapters.record import check_base, check_original, refuse_correction
 from qpack.adapters.trained import Changes, changes
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
@@ -110,7 +114,8 @@ class _Job:
 
     base: Checkpoint
     onto: Checkpoint
-    adapters: tuple[tuple[Adapter, float], ...]
+    adapters: Weighted
+    combination: Combination
     recipes: Sequence[Recipe]
     changes: Changes
     dtype: str
@@ -158,6 +163,7 @@ class _Job:
             "packing": packing and packing.record(),
             "max_shard_bytes": self.max_shard_bytes,
             "config": self.onto.config,
+            "combination": asdict(self.combination),
             "adapters": [
                 [str(adapter.path.resolve()), dict(adapter.config), weight] for adapter, weight in self.adapters
             ],
@@ -171,6 +177,7 @@ def merge(
     adapters: Adapters,
     destination: Path | str,
     *,
+    combination: Combination = CAT,
     original: Path | str | None = None,
     to: str = "plain",
     dtype: str | None = None,
@@ -185,23 +192,26 @@ def merge(
     The base may be packed or plain; ``original`` is the checkpoint that it was packed from, to merge onto that instead.
     With ``to="nf4"`` the result is packed, which a packed base that is merged onto cannot be; ``settings`` are fields
     of `qpack.ConvertOptions`, where ``target_bits`` are spent by the errors of the weights before the change.
-    Of several adapters the changes are added up, each times its weight (PEFT's ``cat``). ``force`` replaces what is at
-    ``destination``, and takes an adapter that was trained on another base. ``on_progress`` gets bytes of the source
-    done and in all. Interrupted, the same call goes on; the bytes written do not depend on that, nor on ``threads``.
+    Of several adapters the changes are added up, each times its weight (PEFT's ``cat``), or what ``combination`` makes
+    of them in f32 is merged. ``force`` replaces what is at ``destination``, and takes an adapter that was trained on
+    another base. ``on_progress`` gets bytes of the source done and in all. Interrupted, the same call goes on; the
+    bytes written do not depend on that, nor on ``threads``.
 
     Raises:
         CheckpointError: if the base or the original is malformed, or cannot be written as asked for.
         DataError: if the rules for packing cannot be followed, or ``target_bits`` are too few.
-        AdapterError: if an adapter is malformed, of a kind that cannot be merged, or of another base.
+        AdapterError: if an adapter is malformed, of a kind that cannot be merged or combined, or of another base.
         DiskFullError: if the disk has no room.
         OutputExistsError: if ``destination`` exists and ``force`` is not set, or is or holds an input.
-        ValueError: for an illegal option.
+        ValueError: for an illegal option, a weight that is not finite, or a ``combination`` of one adapter.
     """
     start = time.monotonic()
     destination = Path(destination)
     options = _packing_options(to, dtype, max_shard_size, settings)
-    job = _prepare(base, adapters, original, dtype or DTYPES[0], max_shard_size, options, force=force)
-    with resumable_directory(destination, force=force, marker=CONFIG_NAME, inputs=job.inputs) as work:
+    with (
+        _prepared(base, adapters, combination, original, dtype, max_shard_size, options, force=force) as job,
+        resumable_directory(destination, force=force, marker=CONFIG_NAME, inputs=job.inputs) as work,
+    ):
         refuse_full_disk(destination, sum(size for _, size in job.files()))
         text = job.text()
         work.begin(text)
@@ -223,9 +233,10 @@ def merge(
                 check_original(adapter.path, job.onto.directory, written.source_fingerprint, force=force)
         copy_companions(job.onto.directory, work.directory)
         write_config(work.directory, _config(job))
-        write_card(work.directory, job.base, job.onto, job.adapters, "packed" if job.packing else f"in {job.dtype}")
+        stored = "packed" if job.packing else f"in {job.dtype}"
+        write_card(work.directory, job.base, job.onto, job.adapters, job.combination, stored)
         if job.packing:
-            packed.record(job.packing, written, job.adapters).write(work.directory)
+            packed.record(job.packing, written, job.adapters, job.combination).write(work.directory)
     result = inspect(destination)
     errors = _errors(destination if job.packing else job.base.directory)
     return MergeReport(
@@ -244,6 +255,7 @@ def plan_merge(
     adapters: Adapters,
     destination: Path | str,
     *,
+    combination: Combination = CAT,
     original: Path | str | None = None,
     to: str = "plain",
     dtype: str | None = None,
@@ -259,9 +271,27 @@ def plan_merge(
         AdapterError, CheckpointError, DataError, OutputExistsError, ValueError: as `merge`.
     """
     options = _packing_options(to, dtype, max_shard_size, settings)
-    job = _prepare(base, adapters, original, dtype or DTYPES[0], max_shard_size, options, force=force)
-    refuse_inputs(Path(destination), job.inputs)
-    return MergePlan(len(job.changes.by_weight), tuple(job.files()), free_bytes(Path(destination)))
+    with _prepared(base, adapters, combination, original, dtype, max_shard_size, options, force=force) as job:
+        refuse_inputs(Path(destination), job.inputs)
+        return MergePlan(len(job.changes.by_weight), tuple(job.files()), free_bytes(Path(destination)))
+
+
+def open_adapters(adapters: Adapters, combination: Combination) -> Weighted:
+    """Open and check the adapters that ``combination`` is to make one of.
+
+    Raises:
+        AdapterError: as `Adapter.open`.
+        ValueError: for none, for one where the combination is of several, or for a weight that is not finite.
+    """
+    named = [(adapters, 1.0)] if isinstance(adapters, Path | str) else adapters
+    if not named:
+        raise ValueError("no adapter is given, expected at least one")
+    if len(named) == 1 and combination.kind != "cat":
+        raise ValueError(f"combine {combination.kind}: one adapter is given, expected several")
+    for path, weight in named:
+        if not math.isfinite(weight):
+            raise ValueError(f"{path}: its weight is {weight}, expected a finite number")
+    return tuple((Adapter.open(path), weight) for path, weight in named)
 
 
 def _packing_options(
@@ -281,23 +311,26 @@ def _packing_options(
     return None
 
 
-def _prepare(
+@contextmanager
+def _prepared(
     base: Path | str,
     adapters: Adapters,
+    combination: Combination,
     original: Path | str | None,
-    dtype: str,
+    dtype: str | None,
     max_shard_size: int | str,
     options: ConvertOptions | None,
     *,
     force: bool,
-) -> _Job:
-    """Open and check everything that can be checked without the weights' data."""
+) -> Iterator[_Job]:
+    """Open and check everything that can be checked without the weights' data.
+
+    A combined adapter is there as long as the block lasts.
+    """
+    dtype = dtype or DTYPES[0]
     max_shard_bytes = parse_size(max_shard_size)
     checkpoint = Checkpoint.open(base)
-    named = [(adapters, 1.0)] if isinstance(adapters, Path | str) else adapters
-    opened = tuple((Adapter.open(path), weight) for path, weight in named)
-    if not opened:
-        raise ValueError("no adapter is given, expected at least one")
+    opened = open_adapters(adapters, combination)
     onto = checkpoint if original is None else Checkpoint.open(original)
     if original is not None and onto.packed:
         raise CheckpointError(f"{onto.directory}: is packed, expected the checkpoint that the base was packed from")
@@ -310,17 +343,21 @@ def _prepare(
     turned = _transposed(onto)
     read_as = set(turned) - set(onto.packed)
     found = [changes(adapter, onto, read_as, weight=weight) for adapter, weight in opened]
-    total = _sum(found, [adapter for adapter, _ in opened])
-    for name, change in total.by_weight.items():
-        logger.debug("merge %s: %s", name, type(change).__name__)
-    if options is not None:
-        packing = packed.prepare_packing(onto, options)
-        recipes = packed.with_changes(packing, total).plan.recipes
-    else:
-        packing = None
-        tied = total.by_weight.keys() - onto.weights.keys()  # until now: an output embedding
-        recipes = (*_recipes(onto, set(turned), dtype), *(packed.untied(onto, name, dtype) for name in tied))
-    return _Job(checkpoint, onto, opened, recipes, total, dtype, max_shard_bytes, packing)
+    with TemporaryDirectory(prefix="qpack-") as scratch:
+        if combination.kind == "cat":
+            total = _sum(found, [adapter for adapter, _ in opened])
+        else:
+            total = changes(combine_factors(opened, combination, module_names(onto), Path(scratch)), onto, read_as)
+        for name, change in total.by_weight.items():
+            logger.debug("merge %s: %s", name, type(change).__name__)
+        if options is not None:
+            packing = packed.prepare_packing(onto, options)
+            recipes = packed.with_changes(packing, total).plan.recipes
+        else:
+            packing = None
+            tied = total.by_weight.keys() - onto.weights.keys()  # until now: an output embedding
+            recipes = (*_recipes(onto, set(turned), dtype), *(packed.untied(onto, name, dtype) for name in tied))
+        yield _Job(checkpoint, onto, opened, combination, recipes, total, dtype, max_shard_bytes, packing)
 
 
 def _transposed(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -7,12 +7,11 @@ a tensor of its own in another.
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from qpack import _core
-from qpack.adapters.adapter import Adapter
 from qpack.adapters.changes import Replace
+from qpack.adapters.combining import Combination, Weighted
 from qpack.adapters.trained import Changes, input_embedding
 from qpack.checkpoint import Checkpoint
 from qpack.manifest import Manifest
@@ -50,7 +49,7 @@ def untied(onto: Checkpoint, name: str, dtype: str | None = None) -> Recipe:
     return Recipe(name, (part,))
 
 
-def record(job: PackingJob, written: _core.Written, adapters: Iterable[tuple[Adapter, float]]) -> Manifest:
+def record(job: PackingJob, written: _core.Written, adapters: Weighted, combination: Combination) -> Manifest:
     """``qpack.json`` of what was ``written``.
 
     No checkpoint holds what was packed; its digest is SHA-256 over what it was made of.
@@ -59,7 +58,8 @@ def record(job: PackingJob, written: _core.Written, adapters: Iterable[tuple[Ada
         {"name": adapter.path.resolve().name, "fingerprint": adapter.fingerprint(), "weight": weight}
         for adapter, weight in adapters
     ]
-    text = json.dumps({"original": written.source_fingerprint, "adapters": made}, sort_keys=True)
+    parts = {"original": written.source_fingerprint, "adapters": made, "combination": asdict(combination)}
+    text = json.dumps(parts, sort_keys=True)
     return job.manifest(written, digest=hashlib.sha256(text.encode()).hexdigest(), adapters=made)
 
 

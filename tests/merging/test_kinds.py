@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from lora import draw_adapter, rounded, tensors
 from moe import write_source
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import write_llama
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
@@ -20,34 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
-
-LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
-
-
-def write_adapter(directory: Path, base: Path, **settings: Any) -> Path:
-    """An adapter by stock PEFT, in f32, with everything that it trains drawn at random."""
-    torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**LORA | settings)
-    )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = (
-                parameter.data * (1 + 0.1 * torch.randn(parameter.shape)) + torch.randn(parameter.shape) * 0.05
-            )
-    model.save_pretrained(str(directory))
-    return directory
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def rounded(weight: torch.Tensor) -> torch.Tensor:
-    """F64 to bf16, to nearest, ties to even; torch's own cast goes by way of f32 and rounds twice."""
-    bits = weight.view(torch.int64)
-    bits = (bits + (1 << 44) - 1 + ((bits >> 45) & 1)) >> 45 << 45  # 52 bits of mantissa to 7
-    return bits.view(torch.float64).to(torch.bfloat16)
 
 
 def peft_in_f64(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -120,7 +93,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_every_kind_is_peft_s_in_f64_rounded_once(
     base: str, settings: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapter = write_adapter(tmp_path / "adapter", bases[base], **settings)
+    adapter = draw_adapter(tmp_path / "adapter", bases[base], **settings)
     qpack.merge(bases[base], adapter, tmp_path / "merged")
     merged, expected = tensors(tmp_path / "merged"), peft_in_f64(bases[base], adapter)
     tied = json.loads((tmp_path / "merged" / "config.json").read_text()).get("tie_word_embeddings", True)
@@ -141,7 +114,7 @@ def test_every_kind_is_peft_s_in_f64_rounded_once(
 @pytest.mark.parametrize("base", ["mixtral", "gpt_oss"])
 def test_fused_experts_are_merged_by_expert(base: str, bases: dict[str, Path], tmp_path: Path) -> None:
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
-    adapter = write_adapter(tmp_path / "adapter", bases[base], target_modules=["q_proj"], target_parameters=parameters)
+    adapter = draw_adapter(tmp_path / "adapter", bases[base], target_modules=["q_proj"], target_parameters=parameters)
     report = qpack.merge(bases[base], adapter, tmp_path / "merged")
     assert any(name.endswith("gate_up_proj") for name in report.effects)
     expected = peft_in_f64(bases[base], adapter)
@@ -151,7 +124,7 @@ def test_fused_experts_are_merged_by_expert(base: str, bases: dict[str, Path], t
 
 def test_a_packed_gpt2_is_written_as_stock_checkpoints_have_it(bases: dict[str, Path], tmp_path: Path) -> None:
     qpack.convert(bases["gpt2"], tmp_path / "packed")
-    adapter = write_adapter(tmp_path / "adapter", tmp_path / "packed", target_modules=r".*\.attn\.c_proj")
+    adapter = draw_adapter(tmp_path / "adapter", tmp_path / "packed", target_modules=r".*\.attn\.c_proj")
     qpack.merge(tmp_path / "packed", adapter, tmp_path / "merged", dtype="float32")
     ids = torch.arange(48)[None]
     loaded = PeftModel.from_pretrained(qpack.load(tmp_path / "packed", dtype=torch.float32), str(adapter))
@@ -162,7 +135,7 @@ def test_a_packed_gpt2_is_written_as_stock_checkpoints_have_it(bases: dict[str, 
 
 def test_packed_experts_of_gpt_oss_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     qpack.convert(bases["gpt_oss"], tmp_path / "packed")
-    adapter = write_adapter(tmp_path / "adapter", bases["gpt_oss"], target_modules=["q_proj"])
+    adapter = draw_adapter(tmp_path / "adapter", bases["gpt_oss"], target_modules=["q_proj"])
     with pytest.raises(CheckpointError, match=r"of one expert, .* merge onto the original checkpoint instead"):
         qpack.merge(tmp_path / "packed", adapter, tmp_path / "merged")
     qpack.merge(tmp_path / "packed", adapter, tmp_path / "merged", original=bases["gpt_oss"])
@@ -171,7 +144,7 @@ def test_packed_experts_of_gpt_oss_are_refused(bases: dict[str, Path], tmp_path:
 def test_onto_the_original_the_adapter_changes_what_the_base_was_packed_from(
     packed: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapter = write_adapter(tmp_path / "adapter", bases["tied"], target_modules="all-linear")
+    adapter = draw_adapter(tmp_path / "adapter", bases["tied"], target_modules="all-linear")
     qpack.merge(packed, adapter, tmp_path / "merged", original=bases["tied"])
     expected = peft_in_f64(bases["tied"], adapter)
     for name, weight in tensors(tmp_path / "merged").items():
@@ -182,8 +155,8 @@ def test_onto_the_original_the_adapter_changes_what_the_base_was_packed_from(
 
 def test_weighted_adapters_add_up(bases: dict[str, Path], tmp_path: Path) -> None:
     base = bases["untied"]
-    one = write_adapter(tmp_path / "one", base, target_modules=["q_proj"])
-    two = write_adapter(tmp_path / "two", base, target_modules=["q_proj", "up_proj"], r=2)
+    one = draw_adapter(tmp_path / "one", base, target_modules=["q_proj"])
+    two = draw_adapter(tmp_path / "two", base, target_modules=["q_proj", "up_proj"], r=2)
     qpack.merge(base, [(one, 0.5), (two, -2.0)], tmp_path / "merged")
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), str(one), "one", autocast_adapter_dtype=False
@@ -195,13 +168,13 @@ def test_weighted_adapters_add_up(bases: dict[str, Path], tmp_path: Path) -> Non
     expected = model.double().merge_and_unload().state_dict()
     for name, weight in tensors(tmp_path / "merged").items():
         assert torch.equal(weight, rounded(expected[name])), name
-    saved = write_adapter(tmp_path / "saved", base, target_modules=["k_proj"], modules_to_save=["q_proj"])
+    saved = draw_adapter(tmp_path / "saved", base, target_modules=["k_proj"], modules_to_save=["q_proj"])
     with pytest.raises(AdapterError, match=r"q_proj\.weight, which another adapter changes too"):
         qpack.merge(base, [(one, 1.0), (saved, 1.0)], tmp_path / "no")
 
 
 def test_a_copied_embedding_must_be_the_base_s(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", bases["untied"], target_modules=["embed_tokens"])
+    adapter = draw_adapter(tmp_path / "adapter", bases["untied"], target_modules=["embed_tokens"])
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
     weights["base_model.model.model.embed_tokens.base_layer.weight"][3] += 1
@@ -211,7 +184,7 @@ def test_a_copied_embedding_must_be_the_base_s(bases: dict[str, Path], tmp_path:
 
 
 def test_a_plan_writes_nothing_and_says_what_merge_writes(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", bases["tied"], target_modules=["lm_head"])
+    adapter = draw_adapter(tmp_path / "adapter", bases["tied"], target_modules=["lm_head"])
     plan = qpack.plan_merge(bases["tied"], adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     report = qpack.merge(bases["tied"], adapter, tmp_path / "merged")
@@ -230,13 +203,13 @@ def test_what_a_16_bit_model_keeps_in_f32_stays_so(tmp_path: Path) -> None:
     name = next(name for name in weights if name.endswith("e_score_correction_bias"))
     weights[name] = weights[name].float() + 1e-3
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["o_proj"])
+    adapter = draw_adapter(tmp_path / "adapter", base, target_modules=["o_proj"])
     qpack.merge(base, adapter, tmp_path / "merged")
     assert torch.equal(tensors(tmp_path / "merged")[name], weights[name])
 
 
 def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", bases["untied"], target_modules="all-linear")
+    adapter = draw_adapter(tmp_path / "adapter", bases["untied"], target_modules="all-linear")
     small: dict[str, Any] = {"max_shard_size": "500kB", "threads": 1}
 
     def interrupt(done: int, total: int) -> None:

@@ -205,8 +205,8 @@ def test_refused_before_anything_is_written(llama: Path, packed: Path, tmp_path:
         with pytest.raises(ValueError, match=message):
             qpack.merge(llama, adapter, tmp_path / "no", **wrong)
     for arguments, message in (
-        (["--blocksize", "128"], "--blocksize is for --to nf4"),
-        (["--to", "nf4", "--dtype", "bfloat16"], "--dtype is for --to plain"),
+        (["--blocksize", "128"], "--blocksize is not for --to plain"),
+        (["--to", "nf4", "--dtype", "bfloat16"], "--dtype is not for --to nf4"),
     ):
         done = CliRunner().invoke(cli, ["merge", str(llama), str(adapter), str(tmp_path / "no"), *arguments])
         assert done.exit_code == 2

@@ -102,6 +102,9 @@ def test_trained_killed_resumed_and_merged_it_is_plain_lora(
 
     with pytest.raises(AdapterError, match=r"whole: was trained with init_from_error, .* merge it onto that \(--force"):
         qpack.merge(base, tmp_path / "whole", tmp_path / "no", original=source)
+    qpack.combine(base, [(tmp_path / "whole", 0.5)], tmp_path / "half")
+    with pytest.raises(AdapterError, match=r"half: was trained with init_from_error"):
+        qpack.merge(base, tmp_path / "half", tmp_path / "no", original=source)
 
 
 def test_another_origin_is_refused(base: Path, data: Path, source: Path, tmp_path: Path) -> None:
