@@ -8,7 +8,6 @@ import ipaddress
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from qpack.errors import ServeError
 from serve.gate.exchange import Exchange
 from serve.gate.keys import Key, Keys, Role
 from serve.gate.refusal import Refusal
@@ -16,9 +15,17 @@ from serve.gate.refusal import Refusal
 PUBLIC = frozenset({("GET", "/health")})
 """Open without a key: probes of load balancers and orchestrators have none, and it tells up or down only."""
 
+MODEL = "/v1/models/{model}"
+
 OPENED: Mapping[Role, frozenset[tuple[str, str]]] = {
     Role.INFERENCE: frozenset(
-        {("GET", "/v1/models"), ("GET", "/version"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions")}
+        {
+            ("GET", "/v1/models"),
+            ("GET", MODEL),
+            ("GET", "/version"),
+            ("POST", "/v1/completions"),
+            ("POST", "/v1/chat/completions"),
+        }
     ),
     Role.MONITOR: frozenset({("GET", "/metrics"), ("GET", "/version")}),
 }
@@ -28,16 +35,15 @@ _CHALLENGE = ((b"www-authenticate", b"Bearer"),)
 
 
 def caller(exchange: Exchange, keys: Keys) -> Key | None:
-    """Return the key of a request, None where it needs none.
+    """Return the key of a request to any route but `PUBLIC` ones, None where it needs none.
 
     Raises:
         Refusal: 401 without a live key, 403 where the key does not open the route.
     """
     method, path = exchange.scope["method"], exchange.scope["path"]
-    if (method, path) in PUBLIC:
-        return None
+    route = (method, MODEL if path.startswith("/v1/models/") else path)
     if not keys.required:
-        if not any((method, path) in routes for routes in OPENED.values()):
+        if not any(route in routes for routes in OPENED.values()):
             _require_local(exchange)
         return None
     scheme, _, token = exchange.headers.get("authorization", "").partition(" ")
@@ -46,7 +52,7 @@ def caller(exchange: Exchange, keys: Keys) -> Key | None:
     key = keys.find(token.strip())
     if key is None:
         raise Refusal(401, "the API key is none of this server's, or was revoked", headers=_CHALLENGE)
-    if key.role is not Role.ADMIN and (method, path) not in OPENED[key.role]:
+    if key.role is not Role.ADMIN and route not in OPENED[key.role]:
         raise Refusal(403, f"this key is for {key.role}, which does not open {method} {path}")
     return key
 
@@ -59,19 +65,6 @@ def _require_local(exchange: Exchange) -> None:
     same_origin = origin is None or urlsplit(origin).netloc == exchange.headers.get("host")
     if client is None or not is_loopback(client[0]) or not is_loopback(host) or not same_origin:
         raise Refusal(403, "without API keys this is open to programs on the server's machine only (qpack keys add)")
-
-
-def check_exposure(host: str, keys: Keys, *, without_keys: bool) -> None:
-    """Refuse to listen on ``host`` if other machines reach it and no key is needed, unless that is wanted.
-
-    Raises:
-        ServeError: saying what to do.
-    """
-    if not (keys.required or without_keys or is_loopback(host)):
-        raise ServeError(
-            f"{host} is reached by other machines, and {keys.path} has no keys: make one with qpack keys add,"
-            " or say that everybody may ask with --without-keys"
-        )
 
 
 def is_loopback(host: str) -> bool:

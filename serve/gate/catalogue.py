@@ -41,30 +41,24 @@ class Catalogue(Protocol):
 
 def models(
     base: str, catalogue: Catalogue, key: Key | None, started: float, max_model_len: int | None
-) -> dict[str, Any]:
-    """The answer to ``GET /v1/models``: the base, the aliases and the versions that a key may use.
+) -> list[dict[str, Any]]:
+    """What ``GET /v1/models`` lists: the base, the aliases and the versions that a key may use.
 
     ``root`` is the version that answers, ``parent`` the base; an alias with canaries has their per cent too. No paths.
     """
 
-    def card(name: str, created: float, root: str, parent: str | None, **more: Any) -> dict[str, Any]:
-        same: dict[str, Any] = {
-            "object": "model",
-            "owned_by": "qpack",
-            "max_model_len": max_model_len,
-            "permission": [],
-        }
-        return {"id": name, "created": int(created), "root": root, "parent": parent, **same, **more}
+    def card(name: str, created: float, root: str, parent: str | None) -> dict[str, Any]:
+        names = {"id": name, "object": "model", "created": int(created), "owned_by": "qpack"}
+        return {**names, "root": root, "parent": parent, "max_model_len": max_model_len, "permission": []}
 
-    cards = []
-    if key is None or key.may_use(base):
-        cards.append(card(base, started, base, None))
+    def may_use(name: str) -> bool:
+        return key is None or key.may_use(name)
+
+    cards = [card(base, started, base, None)] if may_use(base) else []
     for name, alias in catalogue.aliases().items():
-        if key is None or key.may_use(name):
-            canaries = {version.id: percent for version, percent in alias.canaries.items()}
-            more = {"canaries": canaries} if canaries else {}
-            cards.append(card(name, alias.since, alias.live.id, base, **more))
-    for version in catalogue.versions():
-        if key is None or key.may_use(version.name):
-            cards.append(card(version.id, version.added, version.id, base))
-    return {"object": "list", "data": cards}
+        if may_use(name):
+            cards.append(card(name, alias.since, alias.live.id, base))
+            if alias.canaries:
+                cards[-1]["canaries"] = {version.id: percent for version, percent in alias.canaries.items()}
+    versions = (version for version in catalogue.versions() if may_use(version.name))
+    return cards + [card(version.id, version.added, version.id, base) for version in versions]

@@ -140,9 +140,8 @@ class Gate:
         key = visit.key = caller(exchange, self._keys)
         if key:
             self._note_use(key)
-        if (method, path) == ("GET", "/v1/models"):
-            listed = models(self._base, self._catalogue, key, self._started, self._max_model_len)
-            return await exchange.answer(json.dumps(listed).encode())
+        if method == "GET" and path.startswith("/v1/models"):
+            return await self._list(exchange, key)
         if self._closed is not None and method != "GET":
             raise Refusal(503, self._closed, retry_after=5)
         self._inside += 1
@@ -157,6 +156,17 @@ class Gate:
             self._inside -= 1
             if not self._inside:
                 self._quiet.set()
+
+    async def _list(self, exchange: Exchange, key: Key | None) -> None:
+        """Answer ``/v1/models`` and ``/v1/models/{model}``."""
+        cards = models(self._base, self._catalogue, key, self._started, self._max_model_len)
+        name = exchange.scope["path"].removeprefix("/v1/models").removeprefix("/")
+        found = (
+            {"object": "list", "data": cards} if not name else next((one for one in cards if one["id"] == name), None)
+        )
+        if found is None:
+            raise _no_such_model(name)
+        await exchange.answer(json.dumps(found).encode())
 
     async def _complete(self, app: App, visit: Visit) -> None:
         """Check a request for completions against the limits, and have it answered."""
@@ -260,9 +270,9 @@ class Gate:
         elif version := self._catalogue.resolve(model, question.sticky):
             name = version.name
         else:
-            raise Refusal(404, f"the model {model!r} does not exist", "model")
+            raise _no_such_model(model)
         if key and not key.may_use(name):
-            raise Refusal(404, f"the model {name if model is None else model!r} does not exist", "model")
+            raise _no_such_model(model or name)
         return version
 
     def _patience(self, exchange: Exchange) -> float:
@@ -311,6 +321,10 @@ class Gate:
             adapter, _, digits = gone.partition("@")
             self._metrics.forget(adapter, digits)
         self._listed = listed
+
+
+def _no_such_model(name: str) -> Refusal:
+    return Refusal(404, f"the model {name!r} does not exist", "model")
 
 
 def _now() -> float:

@@ -1,5 +1,6 @@
 """Who gets in: every route against every kind of key, and without keys who is near."""
 
+import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,10 +10,10 @@ import openai
 import pytest
 from gated import BASE, Site, site
 
-from qpack.errors import ServeError
-from serve.gate.access import OPENED, PUBLIC, check_exposure
+from serve.gate.access import MODEL, OPENED, PUBLIC, is_loopback
+from serve.gate.gate import GateMiddleware
 from serve.gate.keys import Keys, Role
-from serve.routes import ALLOWED
+from serve.routes import ALLOWED, Message, Receive, Send
 
 OTHERS = {("GET", "/v1/adapters"), ("POST", "/adapters"), ("POST", "/invocations"), ("DELETE", "/adapters/alpha")}
 ROUTES = sorted(ALLOWED | OTHERS)
@@ -40,7 +41,7 @@ def status(running: Site, method: str, path: str, token: str | None = None, **he
 def test_no_route_is_forgotten() -> None:
     """Which key opens a route is written down for every route that is served, or it is for admins."""
     assert PUBLIC == {("GET", "/health")}
-    assert ALLOWED - PUBLIC == set().union(*OPENED.values())
+    assert ALLOWED - PUBLIC == set().union(*OPENED.values()) - {("GET", MODEL)}, "which the gate itself answers"
 
 
 def test_with_keys_every_route_needs_one(running: Site, keys: Keys) -> None:
@@ -111,6 +112,8 @@ def test_a_key_of_some_models_sees_no_others(running: Site, keys: Keys) -> None:
     assert running.ask(token=token).status_code == 404, "the base, which is what no model means"
     with running.client(token) as client:
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["support", "support@000000000000"]
+        assert client.get("/v1/models/support").json()["root"] == "support@000000000000"
+        assert client.get("/v1/models/billing").status_code == client.get("/v1/models/nothing").status_code == 404
 
 
 def test_without_keys_all_may_ask_and_this_machine_may_change(running: Site) -> None:
@@ -137,17 +140,29 @@ def test_without_keys_other_machines_may_not_change(tmp_path: Path) -> None:
         assert re.search(r"without API keys .* \(qpack keys add\)", message)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.com", ""])
-def test_other_machines_need_keys_or_a_word(keys: Keys, host: str) -> None:
-    with pytest.raises(
-        ServeError, match=r"keys\.sqlite has no keys: make one with qpack keys add, or .*--without-keys"
-    ):
-        check_exposure(host, keys, without_keys=False)
-    check_exposure(host, keys, without_keys=True)
-    keys.add("a")
-    check_exposure(host, keys, without_keys=False)
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
-def test_this_machine_needs_none(keys: Keys, host: str) -> None:
-    check_exposure(host, keys, without_keys=False)
+def test_addresses_of_this_machine_alone(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "localhost.example", ""])
+def test_addresses_that_others_reach(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_only_http_passes() -> None:
+    """WebSockets are closed; what the server tells the application of its start and end goes by."""
+    reached, sent = [], []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        reached.append(scope["type"])
+
+    async def receive() -> Message:
+        raise AssertionError("nothing to receive")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    for kind in ("lifespan", "websocket"):
+        asyncio.run(GateMiddleware(app)({"type": kind, "path": "/v1/realtime"}, receive, send))
+    assert (reached, sent) == (["lifespan"], [{"type": "websocket.close", "code": 1008}])

@@ -51,6 +51,9 @@ def test_the_version_answers_and_says_so(running: Site, model: str | None, versi
 
 def test_the_openai_package_works_unchanged(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [BASE, "support", "billing", SUPPORT, "billing@111111111111"]
+    assert client.models.retrieve("support").model_dump()["root"] == SUPPORT
+    with pytest.raises(openai.NotFoundError, match="the model 'nothing' does not exist"):
+        client.models.retrieve("nothing")
     chat: Any = [{"role": "user", "content": "hello"}]
     answer = client.chat.completions.create(model="support", messages=chat)
     assert answer.choices[0].message.content == f"{SUPPORT} says hello "

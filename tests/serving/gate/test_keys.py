@@ -171,3 +171,14 @@ def test_the_program(tmp_path: Path) -> None:
     assert "sha256" not in lines[0]
     assert qpack("revoke", "x", "--registry", registry, status=1).startswith("error: key 'x': no live key")
     assert qpack("list", "--registry", tmp_path / "none", status=1) == f"error: {tmp_path / 'none'}: not a directory\n"
+
+
+def test_the_guide_s_commands_run(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "serve.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"^```sh\n(qpack keys .*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    for command in commands.splitlines():
+        program, group, *arguments = command.replace(" registry", f" {tmp_path / 'registry'}").split()
+        assert (program, group) == ("qpack", "keys")
+        qpack(*arguments)
+    with closing(Keys(tmp_path / "registry")) as keys:
+        assert [(key.name, key.revoked is None) for key in keys.list()] == [("team-a", False), ("ops", True)]
