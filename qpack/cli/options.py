@@ -38,6 +38,24 @@ def setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
     return click.option(flag, type=type, help=help + shown)
 
 
+def switch(flag: str, help: str) -> Callable[[Command], Command]:
+    """An option for a field that is true or false."""
+    return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=help)
+
+
+def pattern(flag: str, help: str) -> Callable[[Command], Command]:
+    """An option for a field that maps regular expressions to numbers."""
+
+    def parse(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int] | None:
+        pairs = [value.rpartition("=") for value in values]
+        for regex, _, number in pairs:
+            if not regex or not number.isdigit():
+                raise click.BadParameter(f"{regex}={number}: expected REGEX=NUMBER", context, param)
+        return {regex: int(number) for regex, _, number in pairs} or None
+
+    return click.option(flag, multiple=True, metavar="REGEX=NUMBER", callback=parse, help=help)
+
+
 def verbosity(command: Command) -> Command:
     """Add ``-v`` and ``-q``: what is logged, and whether progress is shown. The command gets ``quiet``."""
 

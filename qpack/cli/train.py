@@ -1,32 +1,13 @@
 """``qpack train``: a LoRA adapter for a base."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 import qpack
-from qpack.cli.options import DIRECTORY, Command, force, setting, verbosity
+from qpack.cli.options import DIRECTORY, force, pattern, setting, switch, verbosity
 from qpack.training.settings import TRACKERS
-
-
-def _switch(flag: str, help: str) -> Callable[[Command], Command]:
-    """An option for a field that is true or false."""
-    return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=help)
-
-
-def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
-    """An option for a field that maps regular expressions to numbers."""
-
-    def parse(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int] | None:
-        pairs = [value.rpartition("=") for value in values]
-        for pattern, _, number in pairs:
-            if not pattern or not number.isdigit():
-                raise click.BadParameter(f"{pattern}={number}: expected REGEX=NUMBER", context, param)
-        return {pattern: int(number) for pattern, _, number in pairs} or None
-
-    return click.option(flag, multiple=True, metavar="REGEX=NUMBER", callback=parse, help=help)
 
 
 @click.command()
@@ -39,21 +20,21 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 @setting("--lora-dropout", float, "Dropout before the adapter.")
 @setting("--target-modules", str, "all-linear, names by commas, or a regular expression for full names.")
 @setting("--modules-to-save", str, "Modules to train whole, by names; vLLM does not serve them.")
-@_pattern("--rank-pattern", "Another rank for the modules that match; repeatable.")
-@_pattern("--alpha-pattern", "Another lora-alpha for the modules that match; repeatable.")
-@_switch("--use-rslora", "Scale by lora-alpha / sqrt(r).")
-@_switch("--use-dora", "DoRA: learn the magnitude of rows apart.")
+@pattern("--rank-pattern", "Another rank for the modules that match; repeatable.")
+@pattern("--alpha-pattern", "Another lora-alpha for the modules that match; repeatable.")
+@switch("--use-rslora", "Scale by lora-alpha / sqrt(r).")
+@switch("--use-dora", "DoRA: learn the magnitude of rows apart.")
 @setting("--init-from-error", str, "Directory that BASE was packed from: begin by correcting what packing lost.")
 @setting("--loraplus-lr-ratio", float, "LoRA+: the rate of B matrices, as a multiple of lr.")
-@_switch("--gradient-checkpointing", "Compute activations again instead of keeping them.  [default: on a GPU]")
+@switch("--gradient-checkpointing", "Compute activations again instead of keeping them.  [default: on a GPU]")
 @setting("--lr", float, "Peak learning rate.")
 @setting("--epochs", float, "Passes over the data.")
 @setting("--max-steps", int, "Optimizer steps, instead of epochs.")
 @setting("--batch-size", int, "Sequences in a forward pass.")
 @setting("--grad-accum", int, "Forward passes in an optimizer step.")
 @setting("--max-length", int, "Longest sequence, in tokens.")
-@_switch("--packing", "Fill every sequence up to max-length with short ones.")
-@_switch("--group-by-length", "Make batches of sequences of like length (the default).")
+@switch("--packing", "Fill every sequence up to max-length with short ones.")
+@switch("--group-by-length", "Make batches of sequences of like length (the default).")
 @setting("--format", str, "Format of every row, if its fields do not tell.")
 @setting("--loss", str, "Tokens of a conversation to learn: assistant or all.")
 @setting("--chat-template", str, "Jinja file to use instead of the model's chat template.")
@@ -68,7 +49,7 @@ def _pattern(flag: str, help: str) -> Callable[[Command], Command]:
 @setting("--keep", int, "Checkpoints that stay while the run lasts.")
 @setting("--method", str, "sft: learn the answers; dpo: prefer one of two.")
 @setting("--beta", float, "DPO: how dear it is to leave the base.")
-@_switch("--fsdp", "Of several processes each holds a part of the base.")
+@switch("--fsdp", "Of several processes each holds a part of the base.")
 @setting("--samples", int, "Prompts that base and adapter answer for report.html.")
 @click.option(
     "--report-to",

@@ -11,6 +11,6 @@ from qpack.estimate.fitting import Fit, fit
 from qpack.estimate.model import Model
 from qpack.estimate.need import ALLOWANCE, CARDS, Need
 from qpack.estimate.serving import serving
-from qpack.estimate.training import Run, training
+from qpack.estimate.training import training
 
-__all__ = ["ALLOWANCE", "CARDS", "Device", "Fit", "Model", "Need", "Run", "fit", "serving", "training"]
+__all__ = ["ALLOWANCE", "CARDS", "Device", "Fit", "Model", "Need", "fit", "serving", "training"]

@@ -11,7 +11,7 @@ from typing import Any
 from qpack.estimate.device import Device
 from qpack.estimate.model import Model
 from qpack.estimate.need import Need
-from qpack.estimate.training import Run, training
+from qpack.estimate.training import training
 from qpack.training.settings import TrainSettings
 
 _LENGTH_STEP = 64
@@ -40,18 +40,18 @@ class Fit:
         return self.need.fits_in(self.device.bytes)
 
 
-def fit(model: Model, settings: TrainSettings, device: Device) -> Fit:
-    """Size a run with ``settings`` on ``device``."""
-    run = Run.of(settings, device)
+def fit(model: Model, settings: TrainSettings, device: Device, processes: int = 1) -> Fit:
+    """Size a run with ``settings`` on ``device``, of one of ``processes``."""
 
     def fits(**changes: Any) -> bool:
-        return training(model, replace(run, **changes), device).fits_in(device.bytes)
+        return training(model, replace(settings, **changes), device, processes).fits_in(device.bytes)
 
+    steps = model.max_length // _LENGTH_STEP
     return Fit(
-        need=training(model, run, device),
+        need=training(model, settings, device, processes),
         device=device,
-        longest=_most(lambda steps: fits(length=steps * _LENGTH_STEP), model.max_length // _LENGTH_STEP, _LENGTH_STEP),
-        largest=_most(lambda batch: fits(batch=batch), _LARGEST_BATCH, 1),
+        longest=_most(lambda number: fits(max_length=number * _LENGTH_STEP), steps, _LENGTH_STEP),
+        largest=_most(lambda batch: fits(batch_size=batch), _LARGEST_BATCH, 1),
         nearest=_nearest(model, settings, fits),
     )
 
@@ -61,13 +61,14 @@ def _nearest(model: Model, settings: TrainSettings, fits: Callable[..., bool]) -
         return {}
     whole = settings.batch_size * settings.grad_accum
     for batch in range(settings.batch_size - 1, 0, -1):
-        if whole % batch == 0 and fits(batch=batch):
-            return {"batch_size": batch, "grad_accum": whole // batch}
+        changes = {"batch_size": batch, "grad_accum": whole // batch}
+        if whole % batch == 0 and fits(**changes):
+            return changes
     steps = settings.max_length // _LENGTH_STEP
-    longest = _most(lambda number: fits(batch=1, length=number * _LENGTH_STEP), steps, _LENGTH_STEP)
+    smaller = {} if settings.batch_size == 1 else {"batch_size": 1, "grad_accum": whole}
+    longest = _most(lambda number: fits(max_length=number * _LENGTH_STEP, **smaller), steps, _LENGTH_STEP)
     if longest is None:
         return None
-    smaller = {} if settings.batch_size == 1 else {"batch_size": 1, "grad_accum": whole}
     return {**smaller, "max_length": longest}
 
 

@@ -17,6 +17,16 @@ _NORM = re.compile(r"norm|\.ln_", re.IGNORECASE)
 Shape = tuple[int, ...]
 
 
+def in_layer(name: str) -> bool:
+    """Whether a weight is in one of the layers."""
+    return _LAYER.search(name) is not None
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a weight is in, 0 where it is in none."""
+    return int(found[1]) if (found := _LAYER.search(name)) else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """The shapes of a model, packed or not.
@@ -42,6 +52,8 @@ class Model:
     experts: int = 1
     """Experts a layer, 1 for a dense model."""
     experts_per_token: int = 1
+    latent: bool = False
+    """Whether keys and values are computed from a latent vector, which is what the cache holds."""
 
     @classmethod
     def of(
@@ -76,6 +88,7 @@ class Model:
             max_length=number("max_position_embeddings"),
             experts=max(experts, default=0) + 1,
             experts_per_token=number("num_experts_per_tok", "moe_topk") if experts else 1,
+            latent="kv_lora_rank" in text,
         )
 
     @classmethod
@@ -92,7 +105,7 @@ class Model:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of every weight that LoRA is put on: all matrices in the layers."""
+        """(out_features, in_features) of every linear weight: all matrices in the layers, and what is packed."""
         inside = {name: shape for name, shape in self.kept.items() if len(shape) == 2 and _LAYER.search(name)}
         return {name: (shape[0], shape[1]) for name, shape in inside.items()} | dict(self.packed)
 
@@ -101,17 +114,38 @@ class Model:
         """Elements of the largest packed weight: it is dequantized as a whole to be multiplied with."""
         return max((math.prod(shape) for shape in self.packed.values()), default=0)
 
+    def share(self, name: str) -> float:
+        """Of the tokens, those that go through the weight ``name``: an expert has its part."""
+        return self.experts_per_token / self.experts if _EXPERT.search(name) else 1.0
+
+    @staticmethod
+    def by_layer(amounts: Mapping[str, float]) -> dict[int | str, float]:
+        """Sums of ``amounts`` by weight over each layer; what is in no layer stands for itself."""
+        sums: dict[int | str, float] = {}
+        for name, amount in amounts.items():
+            layer = int(found[1]) if (found := _LAYER.search(name)) else name
+            sums[layer] = sums.get(layer, 0.0) + amount
+        return sums
+
     def in_layer(self, amount: Callable[[int, int], float], *, attention: bool = True) -> int:
         """Sum of ``amount(out_features, in_features)`` over the `linears` that a token goes through in a layer (without
         those of ``attention``), for the layer where it is largest."""
-        sums: dict[str, float] = {}
-        for name, shape in self.linears.items():
-            if not attention and _ATTENTION.search(name):
-                continue
-            layer = found[1] if (found := _LAYER.search(name)) else name
-            share = self.experts_per_token / self.experts if _EXPERT.search(name) else 1.0
-            sums[layer] = sums.get(layer, 0.0) + share * amount(*shape)
-        return math.ceil(max(sums.values(), default=0))
+        amounts = {
+            name: self.share(name) * amount(*shape)
+            for name, shape in self.linears.items()
+            if attention or not _ATTENTION.search(name)
+        }
+        return math.ceil(max(self.by_layer(amounts).values(), default=0))
+
+    def is_head(self, name: str) -> bool:
+        """Whether ``name`` is in no layer and gives logits."""
+        return not _LAYER.search(name) and self.linears[name][0] == self.vocab_size
+
+    def input_of(self, name: str) -> tuple[str, bool, int]:
+        """What tells the input of the linear weight ``name`` from others: its layer and expert, part, and width."""
+        place = _EXPERT.search(name) or _LAYER.search(name)
+        within = name[: place.end()] if place else name
+        return within, bool(_ATTENTION.search(name)), self.linears[name][1]
 
     @property
     def normalized(self) -> int:

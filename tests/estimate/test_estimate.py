@@ -19,7 +19,8 @@ import qpack
 from qpack.checkpoint import Checkpoint
 from qpack.cli import cli
 from qpack.errors import CheckpointError
-from qpack.estimate import CARDS, Device, Model, Need, Run, fit, serving, training
+from qpack.estimate import CARDS, Device, Model, Need, fit, serving, training
+from qpack.training import TrainSettings
 from qpack.training.compute import Compute
 from qpack.training.model import add_lora, load_base
 
@@ -55,7 +56,7 @@ def test_the_papers_models() -> None:
     need = training(LLAMA_65B)
     assert need.smallest() == 48
     assert 36e9 < need.bytes < 46e9
-    assert not training(LLAMA_65B, Run(length=4096, batch=4)).fits(48)
+    assert not training(LLAMA_65B, TrainSettings(max_length=4096, batch_size=4)).fits(48)
 
 
 def test_the_kv_cache_of_llama_2_7b_is_half_a_megabyte_a_token() -> None:
@@ -79,7 +80,7 @@ def test_the_parts_of_training_written_out() -> None:
     kept |= {f"model.layers.{i}.{name}.weight": (32,) for i in (0, 1) for name in ("input_layernorm", "post_layernorm")}
     model = Model(packed, 10**6, kept, 32, layers=2, heads=2, head_dim=16, cached=32, vocab_size=1000, max_length=64)
     sides = 2 * (64 + 48 + 48 + 64 + 128 + 128 + 128)  # two layers, in and out of seven matrices
-    run = Run(batch=2, length=8, r=16, dropout=False, optimizer_bits=32, paged=False, checkpointing=False)
+    settings = TrainSettings(batch_size=2, max_length=8, r=16, lora_dropout=0.0, optim="adamw_torch")
     layer = (
         4 * 2 * 32  # the inputs of two norms
         + 4 * 4 * 32 + 4 * 2 + 4 * 8  # query, key, value and output, two normalizers, the mask
@@ -87,15 +88,59 @@ def test_the_parts_of_training_written_out() -> None:
         + 4 * (32 + 32 + 96)  # what goes into the A of query, key and value, of gate and up, and of down
         + 7 * 4 * 16  # and comes out
     )  # fmt: skip
-    assert training(model, run, Device("here", "cpu", 10**9, value_bytes=4)).parts == {
+    at_loss = 8 + 4 * 32 + 3 * 4 * 32 + 4 * 32  # mask; input and output of the last norm, states, derivatives, input
+    here = Device("here", "cpu", 10**9, value_bytes=4)
+    assert training(model, settings, here).parts == {
         "weights": 10**6 + 4 * (1000 * 32 + 5 * 32),
         "adapters": 4 * 16 * sides,
-        "gradients": 4 * 16 * sides,
+        "gradients": 0,
         "optimizer": 8 * 16 * sides,
-        "activations": 16 * 2 * layer,
+        "activations": 16 * (2 * layer + at_loss),
         "logits": 16 * 8 * 1000,
-        "workspace": 4 * 96 * 32 + Device("here", "cpu", 0).allowance,
+        "workspace": 4 * 96 * 32 + here.allowance,
     }
+    # In a second pass the gradients of the first are there; of several processes DDP holds them twice.
+    assert training(model, replace(settings, grad_accum=2), here).parts["gradients"] == 4 * 16 * sides
+    assert training(model, replace(settings, grad_accum=2), here, processes=2).parts["gradients"] == 8 * 16 * sides
+    # Of 10**6 packed bytes, these are codes, and the rest scales.
+    codes, others = 2 * (3 * 32 * 32 + 3 * 96 * 32) // 2, 4 * (1000 * 32 + 5 * 32)
+    shared = training(model, replace(settings, fsdp=True), here, processes=2).parts["weights"]
+    assert shared == (codes + others) // 2 + 10**6 - codes + others + codes  # two layers of codes: all that there are
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapted"),
+    [
+        ({"target_modules": "q_proj,down_proj"}, 32 * (16 * 2 * 4096 + 16 * (4096 + 11008))),
+        ({"target_modules": r".*\.layers\.(0|31)\.(gate|up|down)_proj"}, 2 * 3 * 16 * (4096 + 11008)),
+        ({"target_modules": "k_proj", "rank_pattern": {"3.*k_proj": 8}}, (29 * 16 + 3 * 8) * 2 * 4096),
+        ({"target_modules": "q_proj", "modules_to_save": "lm_head"}, 32 * 16 * 2 * 4096 + 32000 * 4096),
+        ({"target_modules": "v_proj", "use_dora": True}, 32 * (16 * 2 * 4096 + 4096)),
+    ],
+    ids=str,
+)
+def test_adapters_are_those_asked_for(changes: dict[str, Any], adapted: int) -> None:
+    settings = replace(TrainSettings(), **changes)
+    assert training(LLAMA_7B, settings).parts["adapters"] == 4 * adapted
+
+
+def test_what_a_run_saves_itself() -> None:
+    """Checkpointing, short sequences, few targets and one process's share each take less."""
+    settings = TrainSettings(gradient_checkpointing=False, max_length=2048)
+    whole = training(LLAMA_7B, settings)
+    for changes in (
+        {"gradient_checkpointing": True},
+        {"max_length": 1024},
+        {"target_modules": "q_proj,v_proj"},
+        {"target_modules": r".*\.layers\.31\..*"},  # nothing is kept of those below
+        {"lora_dropout": 0.0},
+    ):
+        assert training(LLAMA_7B, replace(settings, **changes)).parts["activations"] < whole.parts["activations"]
+    pairs = training(LLAMA_7B, replace(settings, method="dpo", batch_size=4))
+    assert pairs.parts == whole.parts
+    # Alone in its batch a sequence has no padding, and so no mask; packed it has one.
+    one = training(LLAMA_7B, replace(settings, batch_size=1)).parts["activations"]
+    assert training(LLAMA_7B, replace(settings, batch_size=1, packing=True)).parts["activations"] > one
 
 
 @pytest.mark.parametrize(("optimizer", "bits"), [(AdamW8bit, 8), (AdamW32bit, 32)])
@@ -110,7 +155,8 @@ def test_optimizer_state_is_what_bitsandbytes_allocates(optimizer: Any, bits: in
         kept += sum(state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2") if name in state)
     shapes = {"model.layers.0.w.weight": (200, 5000)}
     model = Model(shapes, 0, {}, 1, layers=1, heads=1, head_dim=1, cached=1, vocab_size=1, max_length=1)
-    assert training(model, Run(r=16, optimizer_bits=bits)).parts["optimizer"] == kept
+    name = {8: "adamw_8bit", 32: "paged_adamw_32bit"}[bits]
+    assert training(model, TrainSettings(optim=name)).parts["optimizer"] == kept
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +170,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_and_adapters_are_those_loaded(base: Path, dtype: torch.dtype) -> None:
-    model: Any = add_lora(load_base(base, Compute("cpu", dtype)), qpack.TrainSettings(r=16))
+    model: Any = add_lora(load_base(base, Compute("cpu", dtype)), TrainSettings(r=16))
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     for layer in [layer for layer in model.modules() if isinstance(layer, Linear4bit)]:
         state: Any = layer.weight.quant_state  # type: ignore[attr-defined]
         held |= {part.data_ptr(): part.nbytes for part in (state.absmax, state.state2.absmax, state.offset)}
-    parts = training(Model.open(Checkpoint.open(base)), Run(r=16), Device("", "cpu", 0, dtype.itemsize)).parts
+    parts = training(Model.open(Checkpoint.open(base)), TrainSettings(), Device("", "cpu", 0, dtype.itemsize)).parts
     # A quant state's own bytes are its JSON text and two tables, which are counted by the file's size.
     assert sum(held.values()) == pytest.approx(parts["weights"] + parts["adapters"], rel=0.02)
 
@@ -140,21 +186,30 @@ def test_weights_and_adapters_are_those_loaded(base: Path, dtype: torch.dtype) -
     [
         {},
         {"batch_size": 2, "max_length": 384, "optim": "adamw_torch"},
-        {"lora_dropout": 0.0, "r": 64},
         {"batch_size": 1, "grad_accum": 2, "max_length": 448},
+        {"lora_dropout": 0.0, "r": 64},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "r": 128, "max_length": 64},  # more gradients than activations
+        {"packing": True, "batch_size": 2},
+        {"method": "dpo", "batch_size": 2},
+        {"target_modules": "q_proj,v_proj", "rank_pattern": {"v_proj": 64}},
+        {"use_dora": True, "gradient_checkpointing": True},
+        {"modules_to_save": "embed_tokens,norm", "gradient_checkpointing": True},
     ],
     ids=str,
 )
 def test_a_run_measures_what_was_estimated(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Within a tenth of the most that torch's allocator gave out from the first step on; weights are tested above."""
-    lengths = (600, 590, 500, 480, 600, 590, 500, 480)  # some cut and some padded
-    lines = [json.dumps({"prompt": "?", "completion": length * "a"}) + "\n" for length in lengths]
-    (tmp_path / "data.jsonl").write_text("".join(lines))
-    settings = replace(qpack.TrainSettings(r=16, batch_size=4, max_length=256, max_steps=3), **changes)
+    settings = replace(TrainSettings(r=16, batch_size=4, max_length=256, max_steps=4, samples=0), **changes)
+    answers = [(settings.max_length + longer) * "a" for longer in 4 * (40, -60)]  # some cut and some padded
+    rows = [{"prompt": "?", "completion": answer} for answer in answers]
+    if settings.method == "dpo":
+        rows = [{"prompt": "?", "chosen": answer, "rejected": "b" + answer[1:]} for answer in answers]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Allocations() as allocations:
         qpack.train(base, tmp_path / "data.jsonl", tmp_path / "adapter", settings, on_progress=allocations.begin)
     device = Device.here()
-    need = training(Model.open(Checkpoint.open(base)), Run.of(settings, device), device)
+    need = training(Model.open(Checkpoint.open(base)), settings, device)
     before = need.parts["weights"] + need.parts["adapters"] + device.allowance
     assert need.bytes - before == pytest.approx(allocations.peak, rel=0.1)
 
@@ -188,7 +243,7 @@ def test_a_checkpoint_is_sized_by_its_headers(packed: Path) -> None:
 
 
 def test_what_fits_and_what_is_nearest() -> None:
-    settings = qpack.TrainSettings(batch_size=8, grad_accum=2, max_length=2048)
+    settings = TrainSettings(batch_size=8, grad_accum=2, max_length=2048)
     roomy = fit(LLAMA_7B, settings, Device.gpu(24 * 10**9))
     assert roomy.fits
     assert roomy.nearest == {}
@@ -224,6 +279,15 @@ def test_the_command(packed: Path) -> None:
     assert f"{packed}: train r=16 on 64 x 1024 tokens" in small.output
     assert "fits         NO: 1.1 GB, a GPU of that size" in small.output
     assert re.search(r"nearest      --batch-size \d+ --grad-accum \d+\n", small.output)
+    less = CliRunner().invoke(
+        cli,
+        [*command, "80GB", "--json", "--target-modules", "q_proj", "--rank-pattern", "q_proj=4", "--method", "dpo"],
+    )
+    assert json.loads(less.output)["need"]["parts"]["adapters"] == 2 * 4 * 4 * (256 + 256)
+    shared = CliRunner().invoke(cli, [*command, "80GB", "--json", "--fsdp", "--processes", "4"])
+    alone = CliRunner().invoke(cli, [*command, "80GB", "--json"])
+    weights = [json.loads(done.output)["need"]["parts"]["weights"] for done in (shared, alone)]
+    assert weights[0] < weights[1] + json.loads(alone.output)["need"]["parts"]["workspace"]
     found = json.loads(CliRunner().invoke(cli, [*command, "80GB", "--json"]).output)
     assert found["fits"]
     assert found["bytes"] == sum(found["need"]["parts"].values())
