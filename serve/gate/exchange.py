@@ -20,6 +20,10 @@ _ERROR_EVENT = b'data: {"error":'
 """How vLLM says in a stream that it failed."""
 
 
+_CLOSE = ((b"connection", b"close"),)
+"""After an answer to half a body, which could only be thrown away."""
+
+
 class ClientGone(Exception):
     """Nobody reads the answer any more."""
 
@@ -57,11 +61,9 @@ class Exchange:
             Refusal: 413 as soon as there are more; 408 if it takes longer than half a minute.
             ClientGone: if it ends before its end.
         """
-        close = ((b"connection", b"close"),)
-        too_large = Refusal(413, f"the body is larger than {limit} bytes", headers=close)
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
-            raise too_large
+            raise _too_large(limit)
         body = bytearray()
         try:
             async with asyncio.timeout(_BODY_SECONDS):
@@ -72,11 +74,11 @@ class Exchange:
                         raise ClientGone
                     body += message.get("body", b"")
                     if len(body) > limit:
-                        raise too_large
+                        raise _too_large(limit)
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError as error:
-            raise Refusal(408, f"the body did not come within {_BODY_SECONDS:.0f} s", headers=close) from error
+            raise Refusal(408, f"the body did not come within {_BODY_SECONDS:.0f} s", headers=_CLOSE) from error
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -208,6 +210,10 @@ class Exchange:
         if not self.finished:
             raise broken() or Refusal(503, "the answer broke off, ask again", retry_after=1)
         return scope["state"]
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, f"the body is larger than {limit} bytes", headers=_CLOSE)
 
 
 class _Call:
