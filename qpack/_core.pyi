@@ -28,7 +28,6 @@ __all__ = [
     "Written",
     "__version__",
     "broken_weights",
-    "check_finite",
     "compare_packed",
     "decode_fp8",
     "decode_mxfp4",
@@ -37,6 +36,7 @@ __all__ = [
     "digest_tensors",
     "exchange",
     "fingerprint",
+    "largest_values",
     "measure",
     "merge",
     "merge_nf4_into",
@@ -138,8 +138,11 @@ def read_index(path: str | PathLike[str]) -> dict[str, str]:
 def read_packed(shards: Sequence[str | PathLike[str]]) -> list[PackedInfo]:
     """List the packed weights of these files, each checked to be complete."""
 
-def check_finite(path: str | PathLike[str]) -> None:
-    """Raise `CheckpointError`, naming tensor and flat index, if a float of this file is NaN or infinite."""
+def largest_values(path: str | PathLike[str]) -> dict[str, float]:
+    """The largest magnitude in every tensor of F32, F16 or BF16 of this file, by name.
+
+    Raises `CheckpointError`, naming tensor and flat index, at a value that is NaN or infinite.
+    """
 
 def digest_tensors(
     paths: Sequence[str | PathLike[str]],

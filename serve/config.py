@@ -6,7 +6,6 @@ too, unless ``force`` is set.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,10 @@ from qpack.adapters.record import check_base
 from qpack.adapters.trained import changes
 from qpack.errors import ServeError
 from qpack.loading.base import require_packed
+from serve.registry.version import NAME, NAME_RULE
 
 # The ranks that vLLM can allocate slots for: MaxLoRARanks in vllm/config/lora.py.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-# A name is what clients send as ``model``. No '/', which reads as a path, and no '@', which is kept for versions.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +107,8 @@ def collect_adapters(pairs: Iterable[str] = (), folder: Path | None = None) -> d
 
 def _check_names(base: Path, adapters: Mapping[str, Path]) -> None:
     for name, owner in ((base.name, f"base {base}"), *((name, f"adapter {path}") for name, path in adapters.items())):
-        if not _NAME.fullmatch(name):
-            raise ServeError(
-                f"{owner}: the name {name!r} is not 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first"
-            )
+        if not NAME.fullmatch(name):
+            raise ServeError(f"{owner}: the name {name!r} is not {NAME_RULE}")
     if base.name in adapters:
         raise ServeError(f"adapter {adapters[base.name]}: the name {base.name!r} is the base's own")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpack._core import check_finite, digest_tensors, fingerprint, read_header
+from qpack._core import digest_tensors, fingerprint, largest_values, read_header
 from qpack.checkpoint import read_json_object
 from qpack.errors import AdapterError, CheckpointError
 
@@ -44,6 +44,9 @@ _NOT_FACTORS = (
 # of the base's weights: such an adapter is not a change of the base that is on disk.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
+MERGE_INSTEAD = "merge the adapter into its base (`qpack merge`), pack the result, and serve that"
+"""What can be done with an adapter that an engine cannot apply."""
+
 _PLAIN_TENSOR = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight")
 _FACTOR = re.compile(r"base_model\.model\..+\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)")
 
@@ -65,13 +68,19 @@ class Adapter:
     @classmethod
     def open(cls, path: Path | str) -> "Adapter":
         """Read and check ``path``: settings, and that all values are finite."""
+        adapter = cls.open_header(path)
+        adapter.largest_values()
+        return adapter
+
+    @classmethod
+    def open_header(cls, path: Path | str) -> "Adapter":
+        """Read and check settings, names and shapes of ``path``, but no values: those can be of any size."""
         path = Path(path)
         if not path.is_dir():
             raise AdapterError(f"{path}: not a directory")
         try:
             config = read_json_object(path / CONFIG_NAME)
             tensors = {info.name: info.shape for info in read_header(path / WEIGHTS_NAME)}
-            check_finite(path / WEIGHTS_NAME)
         except (CheckpointError, OSError) as error:
             raise AdapterError(_message(error)) from None
         _check_config(path, config)
@@ -90,6 +99,13 @@ class Adapter:
         infos = read_header(self.weights_path)
         return fingerprint([(info.name, info.dtype, info.shape, digests[info.name]) for info in infos])
 
+    def largest_values(self) -> Mapping[str, float]:
+        """The largest magnitude in each tensor of F32, F16 or BF16, all of them finite."""
+        try:
+            return largest_values(self.weights_path)
+        except (CheckpointError, OSError) as error:
+            raise AdapterError(_message(error)) from None
+
     @property
     def rank(self) -> int:
         """The largest rank of any module."""
@@ -102,8 +118,11 @@ class Adapter:
     def scale_of(self, module: str) -> float:
         """What the product of the factors of ``module`` is multiplied by."""
         r = self.rank_of(module)
-        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
-        return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+        return self.alpha_of(module) / (math.sqrt(r) if self.config.get("use_rslora") else r)
+
+    def alpha_of(self, module: str) -> float:
+        """The ``lora_alpha`` that the settings give ``module``."""
+        return self._pattern("alpha_pattern", module, self.config["lora_alpha"])
 
     def require_plain(self) -> None:
         """Refuse all but plain LoRA on Linear weights, which is what an engine applies beside the base."""
@@ -119,11 +138,10 @@ class Adapter:
         for setting in refused:
             if self.config.get(setting):
                 raise AdapterError(
-                    f"{self.path}: {setting} is {self.config[setting]!r}, which is not plain LoRA; "
-                    "merge the adapter into its base (`qpack merge`), pack the result, and serve that"
+                    f"{self.path}: {setting} is {self.config[setting]!r}, which is not plain LoRA; {MERGE_INSTEAD}"
                 )
         if self.config.get("bias", "none") != "none":
-            raise AdapterError(f"{self.path}: bias is {self.config['bias']!r}, expected 'none'")
+            raise AdapterError(f"{self.path}: bias is {self.config['bias']!r}, expected 'none'; {MERGE_INSTEAD}")
 
     def _require_tensors(self, names: re.Pattern[str], what: str) -> None:
         for name, shape in self.tensors.items():
@@ -154,6 +172,22 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         init = config["init_lora_weights"]
         raise AdapterError(f"{path}: init_lora_weights is {init!r}, which changes the base too")
     for setting in ("r", "lora_alpha"):
-        value = config.get(setting)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise AdapterError(f"{path}: {setting} is {value!r}, expected a number over 0")
+        _check_number(path, setting, config.get(setting), whole=setting == "r")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(setting) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterError(f"{path}: {setting} is {patterns!r}, expected numbers by pattern")
+        for pattern, value in patterns.items():
+            _check_number(path, f"{setting} of {pattern!r}", value, whole=setting == "rank_pattern")
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise AdapterError(f"{path}: {setting}: {pattern!r} is no regular expression: {error}") from None
+
+
+def _check_number(path: Path, setting: str, value: object, *, whole: bool) -> None:
+    kind = "whole number" if whole else "number"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        if not whole or value == int(value):
+            return
+    raise AdapterError(f"{path}: {setting} is {value!r}, expected a {kind} over 0")

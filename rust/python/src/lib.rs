@@ -26,7 +26,7 @@ mod _core {
         quantize_nested, quantize_nf4, quantize_nf4_best, quantize_nf4_into,
     };
     #[pymodule_export]
-    use crate::read::{PackedInfo, TensorInfo, check_finite, read_header, read_index, read_packed};
+    use crate::read::{PackedInfo, TensorInfo, largest_values, read_header, read_index, read_packed};
     #[pymodule_export]
     use crate::verify::{
         Comparison, WeightStatistics, broken_weights, compare_packed, digest_tensors, fingerprint, weight_statistics,

@@ -82,16 +82,19 @@ fn packed_weights(shards: &[PathBuf]) -> Result<Vec<(String, quant_state::QuantS
 }
 
 #[pyfunction]
-pub fn check_finite(py: Python<'_>, path: PathBuf) -> PyResult<()> {
-    let check = || -> Result<()> {
+pub fn largest_values(py: Python<'_>, path: PathBuf) -> PyResult<BTreeMap<String, f32>> {
+    let measure = || -> Result<BTreeMap<String, f32>> {
         let checkpoint = Checkpoint::open(std::slice::from_ref(&path))?;
+        let mut largest = BTreeMap::new();
         for tensor in checkpoint.tensors().filter(|tensor| Float::from_dtype(tensor.info.dtype).is_some()) {
-            if let Some(index) = tensor.read_floats()?.iter().position(|value| !value.is_finite()) {
-                let tensor = tensor.info.name.clone();
-                return Err(Error::NonFinite { path: path.clone(), tensor, index: index as u64 });
+            let name = tensor.info.name.clone();
+            let values = tensor.read_floats()?;
+            if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+                return Err(Error::NonFinite { path: path.clone(), tensor: name, index: index as u64 });
             }
+            largest.insert(name, values.iter().fold(0.0, |largest: f32, value| largest.max(value.abs())));
         }
-        Ok(())
+        Ok(largest)
     };
-    py.detach(check).map_err(to_python)
+    py.detach(measure).map_err(to_python)
 }
