@@ -161,10 +161,14 @@ def _train(
             )
             processes.once(lambda: work.begin(_inputs(record, processes)))
             checkpoints = work.directory / CHECKPOINTS_NAME
-            if settings.init_from_error and not Checkpoints(checkpoints, settings.keep).steps():
+            if settings.init_from_error:
                 source = Path(settings.init_from_error)
-                # Of several processes the first is enough: its adapter is sent to the others.
-                processes.once(lambda: begin_from_error(model, base, source, compute.device))
+
+                def begin() -> None:
+                    if Checkpoints(checkpoints, settings.keep).latest() is None:  # else the run goes on from that
+                        begin_from_error(model, base, source, compute.device)
+
+                processes.once(begin)  # of several processes the first is enough: its adapter is sent to the others
             with recording(work.directory / METRICS_NAME, checkpoints) as metrics:
                 steps = fit(
                     model,

@@ -10,7 +10,9 @@ Refused: what is in 4 bits, which has no gradient; what holds no weights but tho
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
@@ -59,10 +61,18 @@ def stays_tied(model: PreTrainedModel, whole: Sequence[str]) -> bool:
 
 
 def make_float32(model: PeftModel) -> None:
-    """Cast the copies."""
+    """Cast the copies. What they take and give stays in the dtype of the base, so that all around them is as it was."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.float()
+            dtype = next(module.original_module.parameters()).dtype
+            copy = module.modules_to_save["default"].float()
+            if dtype != torch.float32:
+                copy.register_forward_pre_hook(lambda _, inputs: tuple(_cast(value, torch.float32) for value in inputs))
+                copy.register_forward_hook(lambda _, inputs, output, dtype=dtype: _cast(output, dtype))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _require_trainable(name: str, module: nn.Module) -> None:

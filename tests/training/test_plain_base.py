@@ -52,7 +52,7 @@ def test_it_trains_resumes_and_merges(plain: Path, data: Path, tmp_path: Path) -
 
 
 def test_the_same_command_trains_both_kinds_of_base(base: Path, plain: Path, data: Path, tmp_path: Path) -> None:
-    few = ["--max-steps", "1", "--samples", "0", "--modules-to-save", "norm", "-q", "--loraplus-lr-ratio", "2"]
+    few = ["--max-steps", "1", "--samples", "1", "--modules-to-save", "norm", "-q", "--loraplus-lr-ratio", "2"]
     for directory, kind in ((base, "4bit"), (plain, "16bit")):
         arguments = [str(directory), str(data), "-o", str(tmp_path / kind), "--base", kind, *few]
         assert CliRunner().invoke(command, arguments, catch_exceptions=False).exit_code == 0

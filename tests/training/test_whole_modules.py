@@ -74,16 +74,22 @@ def test_a_head_of_its_own_learns(untied: Path, data: Path, tmp_path: Path) -> N
     check_merged(untied, tmp_path / "adapter", tmp_path / "merged", tied=False)
 
 
-def test_copies_are_float32_in_any_compute_dtype(base: Path) -> None:
-    model: Any = add_lora(
-        load_base(base, Compute("cpu", torch.bfloat16)), replace(SETTINGS, modules_to_save="lm_head,norm")
-    )
-    require_float32_adapter(model)
+@pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
+def test_copies_are_float32_and_all_around_them_stays_in_the_compute_dtype(plain: bool, base: Path) -> None:
+    directory = base.parent / "source" if plain else base
+    settings = replace(SETTINGS, lora_dropout=0.0, modules_to_save="lm_head,norm,input_layernorm")
+    bfloat16 = load_base(directory, Compute("cpu", torch.bfloat16), plain=plain)
     ids = torch.arange(32)[None]
+    expected = bfloat16(input_ids=ids).logits
+    model: Any = add_lora(bfloat16, settings)
+    require_float32_adapter(model)
+    found = model(input_ids=ids, output_hidden_states=True)  # as samples are drawn: no autocast
+    assert {state.dtype for state in found.hidden_states} == {found.logits.dtype} == {torch.bfloat16}
+    assert (found.logits - expected).abs().max() < 0.1 * expected.std()  # norms in float32 within
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=ids, labels=ids).loss.backward()
     learning = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
-    assert len(learning) == 2  # one for embedding and head, one for the norm
+    assert len(learning) == 4  # one for embedding and head
     assert all(p.grad is not None and p.grad.any() for p in learning.values())
 
 
