@@ -22,8 +22,12 @@ class AdapterError(QpackError):
     """A LoRA adapter that is malformed, of a kind that cannot be used here, or of another base."""
 
 
+class MergeError(QpackError):
+    """A merged model that does not compute what the base does with its adapters; it was not kept."""
+
+
 class DataError(QpackError):
-    """Training data or a settings file that cannot be used; the message names file and line."""
+    """Training data, a sample text or a settings file that cannot be used; the message names file and line."""
 
 
 class TrainingError(QpackError):

@@ -37,7 +37,8 @@ class WeightedAdapter(click.ParamType[tuple[Path, float]]):
 _MISPLACED = {
     "plain": PACKING,
     "nf4": {"dtype"},
-    "adapter": PACKING | {"onto", "source", "dtype", "max_shard_size", "dry_run", "threads", "as_json"},
+    "adapter": PACKING
+    | {"onto", "source", "dtype", "max_shard_size", "check", "max_kl", "dry_run", "threads", "as_json"},
 }
 """The options that a kind of result has no use for."""
 
@@ -74,6 +75,13 @@ _MISPLACED = {
 @click.option("--dtype", type=click.Choice(DTYPES), help="Element type of plain weights.  [default: bfloat16]")
 @packing
 @max_shard_size
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path),
+    metavar="TEXT",
+    help="A file of text on which the result must say what BASE says with its adapters, or nothing is kept.",
+)
+@click.option("--max-kl", type=float, help="How far --check lets it diverge, in nats a token.  [default: 1e-4 of BASE]")
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
 @threads
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object, weight by weight.")
@@ -89,6 +97,8 @@ def merge(
     density: float | None,
     seed: int | None,
     source: Path | None,
+    check: Path | None,
+    max_kl: float | None,
     dry_run: bool,
     threads: int | None,
     as_json: bool,
@@ -111,6 +121,10 @@ def merge(
         raise click.UsageError("--onto original and --source SRC need each other")
     if len(adapters) == 1 and combine != "cat":
         raise click.UsageError(f"--combine {combine} is of several adapters")
+    if check is None and max_kl is not None:
+        raise click.UsageError("--max-kl is for --check")
+    if check is not None and dry_run:
+        raise click.UsageError("--check compares what --dry-run does not write")
     try:
         combination = Combination(combine, density, seed)
     except ValueError as error:
@@ -127,6 +141,7 @@ def merge(
         click.echo(f"{dst}: {plan.merged} tensors would change, {size}")
         return
     with terminal.progress("merge", "bytes", quiet=quiet) as on_progress:
+        options |= {"check": check, "max_kl": max_kl}
         report = qpack.merge(base, adapters, dst, threads=threads, on_progress=on_progress, **options)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from qpack import _core
 from qpack.adapters.adapter import Adapter
@@ -42,6 +42,9 @@ from qpack.policy.modules import transposed_weights
 from qpack.policy.plan import Part, Recipe
 from qpack.policy.skipping import EXPERT
 from qpack.sizes import parse_size
+
+if TYPE_CHECKING:
+    from qpack.merging.check import Check, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ class MergeReport:
     """What the merged directory holds."""
     foreign: tuple[str, ...]
     """What stock transformers cannot load of it, in words; `qpack.load` can."""
+    check: "Check | None"
+    """How far its next tokens are from those of the base with the adapters; None if that was not asked for."""
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -82,7 +87,8 @@ class MergeReport:
             {"name": kind, "count": len(found), **Effect.of_all(list(found.values())).as_json()}
             for kind, found in by_kind(self.effects).items()
         ]
-        sums = {"merged": self.merged, "errors_of": self.errors_of, "resumed_bytes": self.resumed_bytes}
+        check = self.check and asdict(self.check)
+        sums = {"merged": self.merged, "check": check, "errors_of": self.errors_of, "resumed_bytes": self.resumed_bytes}
         written = {
             "directory": str(self.result.directory),
             "files": list(self.result.files),
@@ -116,6 +122,8 @@ class _Job:
     onto: Checkpoint
     adapters: Weighted
     combination: Combination
+    applied: Weighted
+    """The adapters whose changes are added up: all of them, or the one that they are combined to."""
     recipes: Sequence[Recipe]
     changes: Changes
     dtype: str
@@ -182,6 +190,8 @@ def merge(
     to: str = "plain",
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
+    check: Path | str | None = None,
+    max_kl: float | None = None,
     threads: int | None = None,
     force: bool = False,
     on_progress: Progress | None = None,
@@ -192,6 +202,9 @@ def merge(
     The base may be packed or plain; ``original`` is the checkpoint that it was packed from, to merge onto that instead.
     With ``to="nf4"`` the result is packed, which a packed base that is merged onto cannot be; ``settings`` are fields
     of `qpack.ConvertOptions`, where ``target_bits`` are spent by the errors of the weights before the change.
+    ``check`` is a file of text on which the result is compared with the base and its adapters before it stands at
+    ``destination``, see `qpack.merging.check`: it may diverge by ``max_kl``, by default 1e-4 where it is plain and
+    merged onto the base, else by anything.
     Of several adapters the changes are added up, each times its weight (PEFT's ``cat``), or what ``combination`` makes
     of them in f32 is merged. ``force`` replaces what is at ``destination``, and takes an adapter that was trained on
     another base. ``on_progress`` gets bytes of the source done and in all. Interrupted, the same call goes on; the
@@ -199,44 +212,47 @@ def merge(
 
     Raises:
         CheckpointError: if the base or the original is malformed, or cannot be written as asked for.
-        DataError: if the rules for packing cannot be followed, or ``target_bits`` are too few.
+        DataError: if the rules for packing cannot be followed, ``target_bits`` are too few, or ``check`` is no text.
         AdapterError: if an adapter is malformed, of a kind that cannot be merged or combined, or of another base.
         DiskFullError: if the disk has no room.
+        MergeError: if the result diverges by more than it may; nothing is left of it.
         OutputExistsError: if ``destination`` exists and ``force`` is not set, or is or holds an input.
         ValueError: for an illegal option, a weight that is not finite, or a ``combination`` of one adapter.
     """
     start = time.monotonic()
     destination = Path(destination)
     options = _packing_options(to, dtype, max_shard_size, settings)
-    with (
-        _prepared(base, adapters, combination, original, dtype, max_shard_size, options, force=force) as job,
-        resumable_directory(destination, force=force, marker=CONFIG_NAME, inputs=job.inputs) as work,
-    ):
-        refuse_full_disk(destination, sum(size for _, size in job.files()))
-        text = job.text()
-        work.begin(text)
-        job = job.spend_bits(threads=threads or 0, on_progress=on_progress)
-        written = _core.merge(
-            job.onto.shards,
-            work.directory,
-            job.recipes,
-            job.changes.by_weight,
-            mode=options.mode if options else "exact",
-            quant_storage=job.quant_storage,
-            inputs=text,
-            max_shard_bytes=job.max_shard_bytes,
-            threads=threads or 0,
-            on_progress=on_progress,
-        )
-        if original is not None:
-            for adapter, _ in job.adapters:
-                check_original(adapter.path, job.onto.directory, written.source_fingerprint, force=force)
-        copy_companions(job.onto.directory, work.directory)
-        write_config(work.directory, _config(job))
-        stored = "packed" if job.packing else f"in {job.dtype}"
-        write_card(work.directory, job.base, job.onto, job.adapters, job.combination, stored)
-        if job.packing:
-            packed.record(job.packing, written, job.adapters, job.combination).write(work.directory)
+    if max_kl is not None and check is None:
+        raise ValueError("max_kl is of a check, expected a text beside it")
+    with _prepared(base, adapters, combination, original, dtype, max_shard_size, options, force=force) as job:
+        sample = None if check is None else _sample(Path(check), job.base)
+        with resumable_directory(destination, force=force, marker=CONFIG_NAME, inputs=job.inputs) as work:
+            refuse_full_disk(destination, sum(size for _, size in job.files()))
+            text = job.text()
+            work.begin(text)
+            job = job.spend_bits(threads=threads or 0, on_progress=on_progress)
+            written = _core.merge(
+                job.onto.shards,
+                work.directory,
+                job.recipes,
+                job.changes.by_weight,
+                mode=options.mode if options else "exact",
+                quant_storage=job.quant_storage,
+                inputs=text,
+                max_shard_bytes=job.max_shard_bytes,
+                threads=threads or 0,
+                on_progress=on_progress,
+            )
+            if original is not None:
+                for adapter, _ in job.adapters:
+                    check_original(adapter.path, job.onto.directory, written.source_fingerprint, force=force)
+            copy_companions(job.onto.directory, work.directory)
+            write_config(work.directory, _config(job))
+            stored = "packed" if job.packing else f"in {job.dtype}"
+            write_card(work.directory, job.base, job.onto, job.adapters, job.combination, stored)
+            if job.packing:
+                packed.record(job.packing, written, job.adapters, job.combination).write(work.directory)
+            checked = _check(job, sample, work.directory, max_kl) if sample else None
     result = inspect(destination)
     errors = _errors(destination if job.packing else job.base.directory)
     return MergeReport(
@@ -246,6 +262,7 @@ def merge(
         resumed_bytes=written.resumed_bytes,
         result=result,
         foreign=job.packing.plan.foreign if job.packing else (),
+        check=checked,
         seconds=time.monotonic() - start,
     )
 
@@ -292,6 +309,26 @@ def open_adapters(adapters: Adapters, combination: Combination) -> Weighted:
         if not math.isfinite(weight):
             raise ValueError(f"{path}: its weight is {weight}, expected a finite number")
     return tuple((Adapter.open(path), weight) for path, weight in named)
+
+
+def _sample(text: Path, base: Checkpoint) -> "Sample":
+    from qpack.merging.check import Sample  # imports torch
+
+    return Sample(text, base)
+
+
+def _check(job: _Job, sample: "Sample", merged: Path, max_kl: float | None) -> "Check":
+    """Compare what is ``merged`` with the base and its adapters, and refuse it if it diverges by more than it may."""
+    from qpack.merging.check import LIMIT, compare, require
+
+    adapters = [(adapter.path, weight) for adapter, weight in job.applied]
+    found = compare(sample, job.base.directory, adapters, merged)
+    rounded_only = job.onto is job.base and not job.packing
+    if max_kl is None and rounded_only:
+        max_kl = LIMIT
+    if max_kl is not None:
+        require(found, max_kl, job.dtype if rounded_only else None)
+    return found
 
 
 def _packing_options(
@@ -345,9 +382,11 @@ def _prepared(
     found = [changes(adapter, onto, read_as, weight=weight) for adapter, weight in opened]
     with TemporaryDirectory(prefix="qpack-") as scratch:
         if combination.kind == "cat":
+            applied = opened
             total = _sum(found, [adapter for adapter, _ in opened])
         else:
-            total = changes(combine_factors(opened, combination, module_names(onto), Path(scratch)), onto, read_as)
+            applied = ((combine_factors(opened, combination, module_names(onto), Path(scratch)), 1.0),)
+            total = changes(applied[0][0], onto, read_as)
         for name, change in total.by_weight.items():
             logger.debug("merge %s: %s", name, type(change).__name__)
         if options is not None:
@@ -357,7 +396,7 @@ def _prepared(
             packing = None
             tied = total.by_weight.keys() - onto.weights.keys()  # until now: an output embedding
             recipes = (*_recipes(onto, set(turned), dtype), *(packed.untied(onto, name, dtype) for name in tied))
-        yield _Job(checkpoint, onto, opened, combination, recipes, total, dtype, max_shard_bytes, packing)
+        yield _Job(checkpoint, onto, opened, combination, applied, recipes, total, dtype, max_shard_bytes, packing)
 
 
 def _transposed(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -175,6 +175,9 @@ def print_merge(destination: Path, report: MergeReport) -> None:
     if result.packed:
         lines["bits"] = f"{result.packed_bits:.3f} bits a packed weight, {result.bits:.3f} over all"
     lines |= _foreign(report.foreign)
+    if (check := report.check) is not None:
+        worst = f"at most {check.worst:.2g} at one"
+        lines["check"] = f"KL {check.kl:.2g} a token from the base with its adapters, {worst} of {check.tokens}"
     if effects and report.errors_of is None:
         lines["error"] = "not recorded: the base was not packed by qpack"
     small = sum(effect.is_small for effect in effects.values())
