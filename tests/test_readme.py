@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import factors
 import pytest
 
+import qpack
 from qpack.demo import DemoReport
+from serve.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONVERT = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+SERVE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
 MERGE = (ROOT / "docs" / "merge.md").read_text(encoding="utf-8")
 
 
@@ -142,6 +146,19 @@ def test_docs_merge_runs_from_top_to_bottom(workspace: Path) -> None:
     for name in ("merged", "merged-original", "merged-sum", "merged-ties"):
         assert "quantization_config" not in json.loads((workspace / name / "config.json").read_text())
     assert "quantization_config" in json.loads((workspace / "merged-nf4" / "config.json").read_text())
+
+
+def test_docs_serve_s_commands_run(workspace: Path) -> None:
+    qpack.convert(workspace / "model", workspace / "base")
+    for seed, name in enumerate(("support-march", "support-april")):
+        factors.write(workspace / name, factors.draw(workspace / "base", seed=seed))
+    with Registry.open(workspace / "elsewhere", base=workspace / "base") as registry:
+        april = registry.add("support", workspace / "support-april", by="test").digest
+    for language, block in all_blocks(SERVE):
+        if language == "sh" and block.startswith(("qpack adapters", "qpack keys")):
+            run_commands(block.replace("7c01", april[:4]), workspace)
+    with Registry.open(workspace / "registry") as registry:
+        assert len(registry.versions("support")) == 2
 
 
 def test_links_lead_somewhere() -> None:

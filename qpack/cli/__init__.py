@@ -14,7 +14,7 @@ import click
 import qpack
 from qpack.errors import QpackError
 
-_COMMANDS = ("convert", "verify", "inspect", "estimate", "data", "train", "serve", "keys", "merge", "demo")
+_COMMANDS = ("convert", "verify", "inspect", "estimate", "data", "train", "serve", "adapters", "keys", "merge", "demo")
 """In the order of a model's life."""
 
 

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpack.cli.options import DIRECTORY, verbosity
+from qpack.reports.table import aligned
 
 if TYPE_CHECKING:
     from serve.gate.keys import Key
@@ -64,7 +64,7 @@ def list_keys(registry: Path, as_json: bool, quiet: bool) -> None:
         for key in found:
             click.echo(json.dumps({**asdict(key), "models": key.models and sorted(key.models)}))
     else:
-        for line in _aligned([_HEADINGS, *map(_row, found)]):
+        for line in aligned([_HEADINGS, *map(_row, found)]):
             click.echo(line)
 
 
@@ -96,9 +96,3 @@ def _row(key: "Key") -> tuple[str, ...]:
         "never" if key.last_used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(key.last_used)),
         "live" if key.revoked is None else "revoked",
     )
-
-
-def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

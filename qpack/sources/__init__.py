@@ -17,7 +17,7 @@ from qpack.companions import find_companions
 from qpack.errors import CheckpointError
 from qpack.sources.shards import ShardFetcher
 
-__all__ = ["ShardFetcher", "Source", "open_source"]
+__all__ = ["ShardFetcher", "Source", "find_adapter", "open_source"]
 
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -95,6 +95,23 @@ def open_source(
     checkpoint = _open_local(path, work, allow_pickle=allow_pickle)
     find_companions(companions)  # refuses now what cannot be copied later
     return Source(str(source), None, checkpoint, companions)
+
+
+def find_adapter(source: str, *, revision: str | None = None) -> Path:
+    """The directory of a LoRA adapter: ``source`` itself if it exists, else where the hub's client has put it.
+
+    Raises:
+        CheckpointError: in one line, if it is neither there nor on the hub.
+    """
+    if Path(source).exists():
+        if revision is not None:
+            raise CheckpointError(f"{source}: is a local path; revision is for adapters of the hub")
+        return Path(source)
+    if not _is_id(source):
+        raise CheckpointError(f"{source}: no such file or directory, and not the id of an adapter of the hub")
+    from qpack.sources import hub
+
+    return hub.download_adapter(source, revision)
 
 
 def _is_id(source: str) -> bool:

@@ -23,6 +23,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
     http_stream_backoff,
 )
 
+from qpack.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from qpack.adapters.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
+from qpack.adapters.record import RECORD_NAME
 from qpack.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -183,6 +186,17 @@ def find(name: str, revision: str | None) -> Model:
     if not model.shards and not model.pickled:
         raise CheckpointError(f"{name}: no {INDEX_NAME} and no {SINGLE_NAME} at {model.commit}")
     return model
+
+
+def download_adapter(name: str, revision: str | None) -> Path:
+    """Download the settings and the safetensors of a LoRA adapter, and return where they are.
+
+    Raises:
+        CheckpointError: in one line, if there is no such repository, or it cannot be reached and is not in the cache.
+    """
+    files = [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, RECORD_NAME]
+    with one_line(name, revision):
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
 
 
 @contextmanager
