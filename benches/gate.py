@@ -19,13 +19,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from gated import Alias, Shelf, Version
+from gated import Shelf, alias, version
 
 from serve.gate.gate import Gate
 from serve.gate.keys import Keys
 from serve.gate.limits import RequestLimits
 from serve.gate.metrics import Metrics
 from serve.gate.queue import FairQueue
+from serve.registry import Version
 from serve.routes import App, Message, Receive, Send
 
 ROUNDS = 5
@@ -94,7 +95,7 @@ async def measure(directory: Path, requests: int, tokens: int, at_once: int) -> 
         queue = FairQueue(64, 8, quantum=0.05)
         gate = Gate(
             base="base",
-            catalogue=Shelf({f"a{n}": Alias(Version(f"a{n}", f"{n:012}")) for n in range(ADAPTERS)}),
+            catalogue=Shelf({f"a{n}": alias(version(f"a{n}", f"{n:012}")) for n in range(ADAPTERS)}),
             lease=lease,
             keys=keys,
             queue=queue,

@@ -2,7 +2,7 @@
 
 What the stand-in says is ``MODEL says PROMPT``, a word a token. The prompt may hold orders, each a word: ``slow`` to
 wait ten times as long, ``crash`` and ``die`` to fail before the answer, ``crash-later`` and ``die-later`` in it (who
-dies is dead from then on), ``vanish`` to end without an end.
+dies is dead from then on), ``nameless`` to say ``somebody`` for the model.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,59 +30,52 @@ from serve.gate.keys import Keys
 from serve.gate.limits import RequestLimits
 from serve.gate.metrics import Metrics
 from serve.gate.queue import FairQueue
+from serve.registry import Alias, Version
 
 BASE = "tiny"
 TOKEN_SECONDS = 0.01
 
 
-@dataclass(frozen=True)
-class Version:
+def version(name: str, digest: str) -> Version:
+    """One of the registry's, but for the files."""
+    return Version(name, digest, Path("/nowhere"), 8, 1, "base", 1.7e9, "test", pinned=False)
+
+
+def alias(live: Version, canaries: Mapping[Version, float] | None = None, shadow: Version | None = None) -> Alias:
     """One of the registry's."""
-
-    name: str
-    digest: str
-    added: float = 1.7e9
-
-    @property
-    def id(self) -> str:
-        return f"{self.name}@{self.digest}"
-
-
-@dataclass(frozen=True)
-class Alias:
-    """One of the registry's."""
-
-    live: Version
-    since: float = 1.7e9
-    canaries: Mapping[Version, float] = field(default_factory=dict)
-    shadow: Version | None = None
+    return Alias(live.name, live, 1.7e9, "test", canaries or {}, shadow)
 
 
 class Shelf:
-    """A registry in memory. Of a canary, those named ``lucky`` get the new version."""
+    """A registry in memory."""
 
     def __init__(self, aliases: Mapping[str, Alias]) -> None:
-        self.all = dict(aliases)
-        self.changes = 0
+        self._aliases = dict(aliases)
+        self._generation = 0
 
-    def put(self, name: str, alias: Alias) -> None:
-        self.all[name] = alias
-        self.changes += 1
+    def put(self, alias: Alias) -> None:
+        """Point a name at something else."""
+        self._aliases[alias.name] = alias
+        self._generation += 1
 
     def resolve(self, model: str, sticky: str | None = None) -> Version | None:
-        if alias := self.all.get(model):
-            return next(iter(alias.canaries)) if alias.canaries and sticky == "lucky" else alias.live
-        return next((version for version in self.versions() if version.id == model), None)
+        """As the registry."""
+        if found := self._aliases.get(model):
+            return found.choose(sticky)
+        return next((one for one in self.versions() if one.id == model), None)
 
     def aliases(self) -> Mapping[str, Alias]:
-        return self.all
+        """As the registry."""
+        return self._aliases
 
     def versions(self) -> Sequence[Version]:
-        found = [(alias.live, *alias.canaries, *filter(None, [alias.shadow])) for alias in self.all.values()]
-        return [version for versions in found for version in versions]
+        """As the registry."""
+        found = [(one.live, *one.canaries, *filter(None, [one.shadow])) for one in self._aliases.values()]
+        return [one for versions in found for one in versions]
 
     def generation(self) -> int:
-        return self.changes
+        """As the registry."""
+        return self._generation
 
 
 class Engine:
@@ -107,7 +100,8 @@ class Engine:
         request.state.request_metadata = metadata = SimpleNamespace(final_usage_info=None)
         if "bad" in orders:
             return _error(400, "BadRequestError", "no such thing")
-        words = [f"{word} " for word in (body["model"], "says", *orders)]
+        name = "somebody" if "nameless" in orders else body["model"]
+        words = [f"{word} " for word in (name, "says", *orders)]
         if body.get("stream"):
             return StreamingResponse(
                 self._stream(words, orders, metadata, body, chat=chat), media_type="text/event-stream"
@@ -256,7 +250,7 @@ class Site:
 def site(
     directory: Path,
     *,
-    aliases: Mapping[str, Alias] | None = None,
+    names: Sequence[str] = ("support", "billing"),
     places: int = 8,
     slots: int = 2,
     quantum: float = 0.2,
@@ -265,9 +259,7 @@ def site(
 ) -> Iterator[Site]:
     """Run a gate on a free port, in a thread. ``client_host`` is where all clients seem to come from."""
     chosen = limits or RequestLimits()
-    shelf = Shelf(
-        aliases or {"support": Alias(Version("support", "0" * 12)), "billing": Alias(Version("billing", "1" * 12))}
-    )
+    shelf = Shelf({name: alias(version(name, f"{number}" * 12)) for number, name in enumerate(names)})
     engine, residency, registry = Engine(), Residency(), CollectorRegistry()
 
     async def say(request: Request) -> Response:

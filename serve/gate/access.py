@@ -15,12 +15,14 @@ from serve.gate.refusal import Refusal
 PUBLIC = frozenset({("GET", "/health")})
 """Open without a key: probes of load balancers and orchestrators have none, and it tells up or down only."""
 
-MODEL = "/v1/models/{model}"
+MODELS = "/v1/models"
+MODEL = f"{MODELS}/{{model}}"
+"""Stands for the route of every one."""
 
 OPENED: Mapping[Role, frozenset[tuple[str, str]]] = {
     Role.INFERENCE: frozenset(
         {
-            ("GET", "/v1/models"),
+            ("GET", MODELS),
             ("GET", MODEL),
             ("GET", "/version"),
             ("POST", "/v1/completions"),
@@ -41,7 +43,7 @@ def caller(exchange: Exchange, keys: Keys) -> Key | None:
         Refusal: 401 without a live key, 403 where the key does not open the route.
     """
     method, path = exchange.scope["method"], exchange.scope["path"]
-    route = (method, MODEL if path.startswith("/v1/models/") else path)
+    route = (method, MODEL if path.startswith(f"{MODELS}/") else path)
     if not keys.required:
         if not any(route in routes for routes in OPENED.values()):
             _require_local(exchange)

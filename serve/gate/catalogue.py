@@ -1,37 +1,14 @@
-"""What the gate asks of the registry (`serve.registry`), and the list of models that follows from it."""
+"""What the gate asks of the registry, and the list of models that follows from it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from serve.gate.keys import Key
-
-
-class Version(Protocol):
-    """An adapter that never changes, ``name@digest`` by its id."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def added(self) -> float: ...
-
-
-class Alias(Protocol):
-    """What a plain name points at."""
-
-    @property
-    def live(self) -> Version: ...
-    @property
-    def since(self) -> float: ...
-    @property
-    def canaries(self) -> Mapping[Any, float]: ...
-    @property
-    def shadow(self) -> Version | None: ...
+from serve.registry import Alias, Version
 
 
 class Catalogue(Protocol):
-    """Which adapters there are."""
+    """Which adapters there are; see `serve.registry.Registry`."""
 
     def resolve(self, model: str, sticky: str | None = None) -> Version | None: ...
     def aliases(self) -> Mapping[str, Alias]: ...

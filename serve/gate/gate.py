@@ -22,9 +22,9 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from typing import Any
 
 from qpack.errors import ServeError
-from serve.gate.access import PUBLIC, caller
+from serve.gate.access import MODELS, PUBLIC, caller
 from serve.gate.budget import Budgets
-from serve.gate.catalogue import Catalogue, Version, models
+from serve.gate.catalogue import Catalogue, models
 from serve.gate.exchange import ClientGone, Exchange
 from serve.gate.keys import Key, Keys
 from serve.gate.limits import RequestLimits
@@ -34,6 +34,7 @@ from serve.gate.queue import FairQueue, QueueFull, Turn
 from serve.gate.refusal import Refusal
 from serve.gate.shadow import Heard, Shadows
 from serve.gate.visit import Visit
+from serve.registry import Version
 from serve.routes import App, Message, Receive, Send
 
 logger = logging.getLogger("qpack.serve.gate")
@@ -80,7 +81,7 @@ class Gate:
         *,
         base: str,
         catalogue: Catalogue,
-        lease: Callable[[Any], AbstractAsyncContextManager[object]],
+        lease: Callable[[Version], AbstractAsyncContextManager[object]],
         keys: Keys,
         queue: FairQueue,
         limits: RequestLimits,
@@ -140,7 +141,7 @@ class Gate:
         key = visit.key = caller(exchange, self._keys)
         if key:
             self._note_use(key)
-        if method == "GET" and path.startswith("/v1/models"):
+        if method == "GET" and (path == MODELS or path.startswith(f"{MODELS}/")):
             return await self._list(exchange, key)
         if self._closed is not None and method != "GET":
             raise Refusal(503, self._closed, retry_after=5)
@@ -160,10 +161,9 @@ class Gate:
     async def _list(self, exchange: Exchange, key: Key | None) -> None:
         """Answer ``/v1/models`` and ``/v1/models/{model}``."""
         cards = models(self._base, self._catalogue, key, self._started, self._max_model_len)
-        name = exchange.scope["path"].removeprefix("/v1/models").removeprefix("/")
-        found = (
-            {"object": "list", "data": cards} if not name else next((one for one in cards if one["id"] == name), None)
-        )
+        found: dict[str, Any] | None = {"object": "list", "data": cards}
+        if name := exchange.scope["path"].removeprefix(MODELS).removeprefix("/"):
+            found = next((card for card in cards if card["id"] == name), None)
         if found is None:
             raise _no_such_model(name)
         await exchange.answer(json.dumps(found).encode())
@@ -202,7 +202,7 @@ class Gate:
                 except ServeError as error:
                     logger.warning("%s", error)
                     if version != self._find(question, visit.key):
-                        continue
+                        continue  # the alias was flipped meanwhile
                     raise Refusal(503, f"{visit.model} can't be loaded now, ask again", retry_after=5) from error
                 return await self._forward(app, visit, question, turn, end)
         raise Refusal(503, f"{visit.model} changes too often to be loaded, ask again", retry_after=5)

@@ -15,7 +15,7 @@ class RequestLimits:
         ServeError: for a limit that nothing could pass.
     """
 
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int = 4_000_000
     """Bytes of a request's body."""
     max_output_tokens: int | None = None
     """Tokens that a request may ask for. By default what the model's context allows."""

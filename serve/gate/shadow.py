@@ -11,15 +11,14 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
-from typing import Any
 
 from qpack.errors import ServeError
-from serve.gate.catalogue import Version
 from serve.gate.exchange import ClientGone, Exchange
 from serve.gate.metrics import Metrics
 from serve.gate.question import Question
 from serve.gate.queue import FairQueue, NoneSpare
 from serve.gate.refusal import Refusal
+from serve.registry import Version
 from serve.routes import App, Message
 
 logger = logging.getLogger("qpack.serve.gate")
@@ -77,7 +76,7 @@ class Shadows:
     def __init__(
         self,
         queue: FairQueue,
-        lease: Callable[[Any], AbstractAsyncContextManager[object]],
+        lease: Callable[[Version], AbstractAsyncContextManager[object]],
         metrics: Metrics,
         broken: Callable[[], Refusal | None],
     ) -> None:

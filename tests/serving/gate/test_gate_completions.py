@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gated import BASE, TOKEN_SECONDS, Alias, Site, Version, site
+from gated import BASE, TOKEN_SECONDS, Site, alias, site, version
 
 from qpack.errors import ServeError
 from serve.gate.keys import Keys
@@ -66,8 +66,8 @@ def test_the_openai_package_works_unchanged(client: openai.OpenAI) -> None:
 
 
 def test_the_list_tells_versions_and_no_paths(running: Site) -> None:
-    live, new = Version("support", "a" * 12), Version("support", "b" * 12)
-    running.shelf.put("support", Alias(live, canaries={new: 5.0}))
+    live, new = version("support", "a" * 12), version("support", "b" * 12)
+    running.shelf.put(alias(live, {new: 5.0}))
     with running.client() as http:
         listed = http.get("/v1/models").json()
     cards = {card["id"]: card for card in listed["data"]}
@@ -107,11 +107,18 @@ def test_a_stream_is_passed_on_as_it_comes(running: Site) -> None:
     assert came[-1] - came[0] > 10 * TOKEN_SECONDS
 
 
-@pytest.mark.parametrize("named", [{"headers": {"x-session-id": "lucky"}}, {"session_id": "lucky"}, {"user": "lucky"}])
-def test_a_canary_is_sticky_by_session_or_user(running: Site, named: dict[str, Any]) -> None:
-    running.shelf.put("support", Alias(Version("support", "a"), canaries={Version("support", "b"): 50.0}))
-    assert running.ask(model="support", **named).json()["model"] == "support@b"
-    assert running.ask(model="support", user="other").json()["model"] == "support@a"
+@pytest.mark.parametrize("field", ["x-session-id", "session_id", "user"])
+def test_a_canary_is_sticky_by_session_or_user(running: Site, field: str) -> None:
+    live, new = version("support", "a"), version("support", "b")
+    canary = alias(live, {new: 50.0})
+    running.shelf.put(canary)
+    sides = set()
+    for name in "abcdefgh":
+        named = {"headers": {field: name}} if field == "x-session-id" else {field: name}
+        expected = canary.choose(name)
+        assert [running.ask(model="support", **named).json()["model"] for _ in range(2)] == [expected.id] * 2
+        sides.add(expected)
+    assert sides == {live, new}
 
 
 def test_a_request_ends_on_the_version_that_it_began_with(running: Site) -> None:
@@ -121,7 +128,7 @@ def test_a_request_ends_on_the_version_that_it_began_with(running: Site) -> None
     ):
         lines = got.iter_lines()
         next(lines)
-        running.shelf.put("support", Alias(Version("support", "b")))
+        running.shelf.put(alias(version("support", "b")))
         assert running.ask(model="support").json()["model"] == "support@b"
         rest = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert {event["model"] for event in rest} == {SUPPORT}

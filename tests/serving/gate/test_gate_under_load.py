@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from gated import BASE, Alias, Site, Version, site
+from gated import BASE, Site, alias, site, version
 
 from serve.gate.keys import Keys
 from serve.gate.limits import RequestLimits
@@ -56,8 +56,8 @@ def test_one_request_among_a_flood_with_one_slot(tmp_path: Path) -> None:
 
 
 def test_slots_bound_the_adapters_in_the_engine(tmp_path: Path) -> None:
-    aliases = {f"a{n}": Alias(Version(f"a{n}", f"{n}")) for n in range(8)}
-    with site(tmp_path, aliases=aliases, slots=3, quantum=0.02) as running, ThreadPoolExecutor(40) as pool:
+    names = [f"a{n}" for n in range(8)]
+    with site(tmp_path, names=names, slots=3, quantum=0.02) as running, ThreadPoolExecutor(40) as pool:
         asked = [f"a{n % 8}" if n % 9 else BASE for n in range(120)]
         for model, answer in zip(asked, pool.map(lambda model: running.ask("x", model), asked), strict=True):
             assert answer.json()["model"].split("@")[0] == model
@@ -158,7 +158,7 @@ def test_a_version_that_leaves_before_its_turn_is_followed_by_the_next(running: 
     with ThreadPoolExecutor(2) as pool:
         by_name, by_id = pool.submit(running.ask, "x", "support"), pool.submit(running.ask, "x", old)
         until(lambda: running.queue.inside > 0)
-        running.shelf.put("support", Alias(Version("support", "b")))
+        running.shelf.put(alias(version("support", "b")))
         assert by_name.result().json()["model"] == "support@b"
         assert by_id.result().status_code == 404
 
@@ -224,7 +224,7 @@ def test_nothing_is_left_after_a_storm(tmp_path: Path) -> None:
             number = 0
             while not stop.wait(0.02):
                 number += 1
-                running.call(running.shelf.put, "support", Alias(Version("support", f"{number}")))
+                running.call(running.shelf.put, alias(version("support", f"{number}")))
 
         def client(n: int) -> int:
             with running.client() as http:
