@@ -28,6 +28,7 @@ from qpack.adapters.record import RECORD_NAME, Record
 from qpack.adapters.trained import changes, input_embedding
 from qpack.checkpoint import Checkpoint
 from qpack.errors import AdapterError, QpackError
+from qpack.policy.skipping import EXPERT
 from serve.registry.limits import HEADER_BYTES
 
 _DTYPES = ("BF16", "F16", "F32")
@@ -92,6 +93,7 @@ def check(order: Order) -> Checked:
     base = Checkpoint.open(order.base)
     changes(adapter, base, ())
     _require_linear(adapter, base)
+    _require_whole_experts(adapter, base)
     if adapter.rank > order.max_rank:
         raise AdapterError(f"{directory}: rank {adapter.rank} is over the limit of {order.max_rank}")
     _require_16_bits(adapter)
@@ -172,6 +174,27 @@ def _require_linear(adapter: Adapter, base: Checkpoint) -> None:
         name = f"{module}.weight"
         if name == input_embedding(base) or len(base.weights.get(name, (0, 0))) != 2:
             raise AdapterError(f"{adapter.path}: changes {name}, which is not a Linear weight; {MERGE_INSTEAD}")
+
+
+def _require_whole_experts(adapter: Adapter, base: Checkpoint) -> None:
+    """Refuse changes of some experts of a layer alone: the engine stacks all of a layer, in one rank a projection."""
+    changed = _modules(adapter)
+    layers = {match["experts"] for module in changed if (match := EXPERT.fullmatch(module))}
+    ranks: dict[tuple[str, str], int] = {}
+    for name in sorted(base.weights):
+        module, _, kind = name.rpartition(".")
+        match = EXPERT.fullmatch(module)
+        if match is None or kind != "weight" or match["experts"] not in layers:
+            continue
+        if module not in changed:
+            raise AdapterError(
+                f"{adapter.path}: changes experts of {match['experts']}, but not {module}; an engine takes the changes "
+                f"of all experts or of none; {MERGE_INSTEAD}"
+            )
+        rank = adapter.rank_of(module)
+        usual = ranks.setdefault((match["experts"], module.rpartition(".")[2]), rank)
+        if rank != usual:
+            raise AdapterError(f"{adapter.path}: {module} has rank {rank}, expected {usual} as of the layer's others")
 
 
 def _require_16_bits(adapter: Adapter) -> None:

@@ -1,6 +1,7 @@
 """Versions, aliases and files of the registry, with real adapters and several processes."""
 
 import json
+import multiprocessing
 import shutil
 import sqlite3
 import stat
@@ -252,6 +253,30 @@ def test_a_file_that_is_no_registry_is_refused(tmp_path: Path, packed: Path) -> 
     connection.close()
     with pytest.raises(RegistryError, match="format is 0, expected 1"):
         Registry.open(other, base=packed)
+
+
+def _upload(directory: Path, base: Path, name: str, sources: tuple[Path, ...]) -> None:
+    with Registry.open(directory, base=base) as registry:
+        for source in sources:
+            registry.add(name, source, by=name)
+
+
+def test_processes_share_a_registry_from_its_first_moment(
+    packed: Path, adapter: Path, other: Path, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["serve.registry"])
+    work = [("a", (adapter, other)), ("a", (other, adapter)), ("b", (adapter, other))]
+    processes = [context.Process(target=_upload, args=(tmp_path / "new", packed, *each)) for each in work]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    with Registry.open(tmp_path / "new") as registry:
+        assert Counter(version.name for version in registry.versions()) == {"a": 2, "b": 2}
+        assert len(list((registry.directory / "store").iterdir())) == 2
+        assert registry.generation() == 1 + 6
 
 
 def test_links_of_the_hub_s_cache_are_followed(registry: Registry, adapter: Path, tmp_path: Path) -> None:
