@@ -45,7 +45,13 @@ class Device:
         compute = choose_compute()
         if compute.device == "cuda":
             return cls(torch.cuda.get_device_name(), "cuda", torch.cuda.mem_get_info()[0], compute.dtype.itemsize)
-        return cls("memory free on this machine", "cpu", free_memory(), compute.dtype.itemsize)
+        return cls("memory free on this machine", "cpu", free_memory() + resident_memory(), compute.dtype.itemsize)
+
+
+def resident_memory() -> int:
+    """Bytes that this process has now, which a run in it goes on with."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 def free_memory() -> int:

@@ -12,6 +12,7 @@ from qpack.estimate.device import Device
 from qpack.estimate.model import Model
 from qpack.estimate.need import Need
 from qpack.estimate.training import training
+from qpack.sizes import format_size
 from qpack.training.settings import TrainSettings
 
 _LENGTH_STEP = 64
@@ -38,6 +39,20 @@ class Fit:
     def fits(self) -> bool:
         """Whether the settings fit as they are."""
         return self.need.fits_in(self.device.bytes)
+
+    @property
+    def advice(self) -> str:
+        """The nearest settings as flags."""
+        if self.nearest is None:
+            return "none: not even one short sequence fits"
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.nearest.items())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {format_size(size)}" for name, size in self.need.parts.items() if size)
+        needs = (
+            f"needs {format_size(self.need.bytes)} ({parts}) of {format_size(self.device.bytes)}, {self.device.name}"
+        )
+        return needs if self.fits else f"{needs}: DOES NOT FIT; nearest {self.advice}"
 
 
 def fit(model: Model, settings: TrainSettings, device: Device, processes: int = 1) -> Fit:

@@ -227,10 +227,8 @@ def print_estimate(base: Path, found: estimate.Fit, settings: TrainSettings) -> 
     paged = f", {format_size(need.pageable)} of it can be paged out" if need.pageable else ""
     lines["in all"] = format_size(need.bytes) + paged
     lines["fits"] = f"{'yes' if found.fits else 'NO'}: {format_size(device.bytes)}, {device.name}"
-    if found.nearest:
-        lines["nearest"] = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.nearest.items())
-    elif found.nearest is None:
-        lines["nearest"] = "none: not even one short sequence fits"
+    if not found.fits:
+        lines["nearest"] = found.advice
     if found.longest:
         lines["longest"] = f"--max-length {found.longest} at --batch-size {settings.batch_size}"
     if found.largest:

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qpack.sizes import format_size
-from qpack.training.report import BatchHalved, EvalLog, Event, Listener, RunBegin, StepLog
+from qpack.training.report import BatchHalved, EvalLog, Event, Foreseen, Listener, RunBegin, StepLog
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKS = 40
@@ -59,9 +59,12 @@ class Seen:
         self.evaluated: EvalLog | None = None
         self.best: EvalLog | None = None
         self.halved: BatchHalved | None = None
+        self.foreseen: Foreseen | None = None
 
     def __call__(self, event: Event) -> None:
         match event:
+            case Foreseen():
+                self.foreseen = event
             case RunBegin():
                 self.step, self.total = event.step, event.total
             case StepLog():
@@ -81,7 +84,7 @@ class Seen:
 
 
 class _Lines:
-    """Prints a line at most every few seconds, one for each evaluation, and one when all is done."""
+    """Prints what the run needs, a line every few seconds at most, one for each evaluation, one when all is done."""
 
     def __init__(self) -> None:
         self._seen = Seen()
@@ -91,6 +94,8 @@ class _Lines:
         self._seen(event)
         now = time.monotonic()
         match event:
+            case Foreseen():
+                self._print(str(event.fit))
             case RunBegin(step=step) if step:
                 self._print(f"goes on after step {step} of {event.total}")
             case StepLog() if now - self._last >= _LINE_SECONDS or event.step == event.total:
@@ -127,6 +132,8 @@ def draw(seen: Seen) -> RenderableType:
         lines.add_row("memory", format_size(last.memory))
         lines.add_row("ETA", _clock(seen.seconds_left))
     notes = [Text(_halved(seen.halved), style="yellow")] if seen.halved else []
+    if seen.foreseen:
+        notes.append(Text(str(seen.foreseen.fit), style="dim" if seen.foreseen.fit.fits else "yellow"))
     return Panel(Group(bar, lines, *notes), title="train", title_align="left", width=72)
 
 

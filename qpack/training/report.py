@@ -3,6 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the estimate reads our settings
+    from qpack.estimate import Fit, Need
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What the run is going to take, and whether the device has it. Told before the base is loaded."""
+
+    fit: "Fit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +91,7 @@ class Sample:
     """What the base answers with the adapter."""
 
 
-Event = RunBegin | StepLog | EvalLog | BatchHalved
+Event = Foreseen | RunBegin | StepLog | EvalLog | BatchHalved
 Listener = Callable[[Event], None]
 
 
@@ -94,7 +105,8 @@ class TrainReport:
     not loading, saving or evaluating. Counts, losses and seconds are those of the whole run, the part before an
     interruption included; ``resumed_step`` is where this call went on. ``optimizer`` and ``compute_dtype`` are those
     that were used. With data held out, the adapter is that of ``best_step``, whose loss on that data is
-    ``best_eval_loss``. ``peak_memory`` is in bytes, of this process.
+    ``best_eval_loss``. ``peak_memory`` is in bytes, of this process, and ``estimated_memory`` what was foreseen of it,
+    by parts; None where the model's shapes could not be read.
     """
 
     output: Path
@@ -111,6 +123,7 @@ class TrainReport:
     compute_dtype: str
     optimizer: str
     peak_memory: int
+    estimated_memory: "Need | None"
     resumed_step: int
     best_step: int | None
     best_eval_loss: float | None

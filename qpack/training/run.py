@@ -24,11 +24,12 @@ from qpack.output import resumable_directory
 from qpack.training.checkpoints import Checkpoints
 from qpack.training.distributed import Processes
 from qpack.training.metrics import METRICS_NAME, recording
-from qpack.training.report import Event, Listener, RunBegin, Sample, StepLog, TrainReport
+from qpack.training.report import Event, Foreseen, Listener, RunBegin, Sample, StepLog, TrainReport
 from qpack.training.settings import TrainSettings
 from qpack.training.trackers import require_trackers
 
 if TYPE_CHECKING:
+    from qpack.estimate import Need
     from qpack.training.loop import AdapterTrainer
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ def _train(
             compute = choose_compute()
             if processes.size > 1 and processes.first:
                 logger.info("%s", processes.describe(settings, compute.device))
+            estimated = _foretell(base, settings, dataset, processes, listeners)
             set_seed(settings.seed)
             loaded = load_base(base, compute, plain=settings.base == "16bit", sharded=settings.fsdp)
             model = add_lora(loaded, settings)
@@ -206,6 +208,7 @@ def _train(
             compute_dtype=compute.dtype_name,
             optimizer=optimizer_for(settings, compute),
             peak_memory=peak_memory(compute.device),
+            estimated_memory=estimated,
             resumed_step=steps.resumed,
             best_step=steps.best,
             best_eval_loss=steps.best_loss,
@@ -246,6 +249,21 @@ def _read(
         if getattr(settings, name) is not None:
             raise DataError(f"{name}: nothing is held out to evaluate on; give eval_split or evaluation data")
     return rows, None
+
+
+def _foretell(
+    base: Path, settings: TrainSettings, dataset: Dataset[Any], processes: Processes, listeners: Sequence[Listener]
+) -> "Need | None":
+    """Tell what the run is going to take, and return it."""
+    from qpack.training.foresight import foresee
+
+    found = foresee(base, settings, dataset.examples, processes)
+    if found is None:
+        return None
+    if processes.first:
+        for listen in listeners:
+            listen(Foreseen(found))
+    return found.need
 
 
 def _trainer_class(settings: TrainSettings) -> "type[AdapterTrainer]":

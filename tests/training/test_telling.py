@@ -15,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qpack.cli import cli
 from qpack.errors import TrainingError
+from qpack.estimate import Device, Fit, Need
+from qpack.sizes import format_size
 from qpack.training import Event, StepLog, TrainSettings, train
 from qpack.training.panel import Seen, draw, sparkline
-from qpack.training.report import BatchHalved, EvalLog, RunBegin
+from qpack.training.report import BatchHalved, EvalLog, Foreseen, RunBegin
 
 SETTINGS = TrainSettings(
     r=8,
@@ -100,13 +102,16 @@ class Page(HTMLParser):
 
 
 def test_report_shows_curves_settings_and_samples(told: tuple[Path, list[Event]]) -> None:
-    output, _ = told
+    output, events = told
     page = Page()
     page.feed((output / "report.html").read_text())
     text = " ".join(page.text)
     assert page.tags.count("svg") == 3  # loss, learning rate and memory
     assert "script" not in page.tags
     assert page.loads == []
+    *_, foreseen = [event.fit for event in events if isinstance(event, Foreseen)]
+    assert re.search(rf"estimated before\s+{format_size(foreseen.need.bytes)}\s", text)
+    assert re.search(r"measured\s+\d\S* [MG]B\s", text)
     assert "batch size" in text
     assert "examples" in text
     assert re.search(r"skipped rows\s+1\s", text)
@@ -138,6 +143,8 @@ def test_the_last_line_counts_what_was_cut_and_skipped(base: Path, flawed: Path,
     command = ["train", str(base), str(flawed), "-o", str(tmp_path / "adapter"), "--max-steps", "1", "--samples", "0"]
     done = CliRunner().invoke(cli, [*command, "--on-bad-row", "skip", "--max-length", "33"])
     assert done.exit_code == 0, done.output
+    assert re.search(r"train: needs \d+ MB \(weights .*\) of .* GB, memory free on this machine\n", done.output)
+    assert done.output.index("train: needs") < done.output.index("train: step 1")
     assert ", 6 of 16 examples cut at max-length, 1 row skipped, in " in done.output
 
 
@@ -148,6 +155,8 @@ def test_samples_cost_nothing_when_none_are_asked_for(base: Path, data: Path, tm
 
 def test_panel_shows_the_run() -> None:
     seen = Seen()
+    need = Need("train", {"weights": 5 * 10**9})
+    seen(Foreseen(Fit(need, Device("a GPU", "cuda", 4 * 10**9), None, None, {"batch_size": 2, "grad_accum": 4})))
     seen(RunBegin(0, 200))
     for step in range(1, 101):
         seen(StepLog(step, 200, 4 - step / 50, 2e-4, 0.5, 2048, 1024.0, 2.0, 3 * 10**9))
@@ -166,6 +175,8 @@ def test_panel_shows_the_run() -> None:
         "3 GB",
         "3:20",
         "out of memory",
+        "needs 5 GB (weights 5 GB) of 4 GB, a GPU: DOES NOT FIT; nearest",
+        "--batch-size 2 --grad-accum 4",
     ):
         assert part in text, part
 

@@ -31,7 +31,7 @@ class Run:
 def page(run: Run) -> str:
     """The page."""
     steps = [row for row in run.metrics if "loss" in row]
-    sections = [_tiles(run.report), _loss(run.metrics, steps), _rate(steps), _memory(steps)]
+    sections = [_tiles(run.report), _loss(run.metrics, steps), _rate(steps), _memory(run.report, steps)]
     if run.samples:
         sections.append(_samples(run.samples))
     sections += [_data(run), _settings(run.record)]
@@ -92,10 +92,14 @@ def _rate(steps: Sequence[Mapping[str, Any]]) -> str:
     return section("rate", "Learning rate", figure(series, what="Learning rate"))
 
 
-def _memory(steps: Sequence[Mapping[str, Any]]) -> str:
+def _memory(report: TrainReport, steps: Sequence[Mapping[str, Any]]) -> str:
     series = [Series("memory", [(row["step"], row["memory"] / 10**9) for row in steps])]
-    text = "In GB, the most that the process had taken up to each step."
-    return section("memory", "Memory", figure(series, what="Memory in GB"), text)
+    lines = {"measured": format_size(report.peak_memory)}
+    if need := report.estimated_memory:
+        lines["estimated before"] = format_size(need.bytes)
+        lines |= {f"of it {name}": format_size(size) for name, size in need.parts.items()}
+    text = "In GB, the most that the process had taken up to each step, and what was estimated before the first."
+    return section("memory", "Memory", figure(series, what="Memory in GB") + "\n" + pairs(lines), text)
 
 
 def _samples(samples: Sequence[Sample]) -> str:
