@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 from qpack.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from qpack.adapters.record import RECORD_NAME
 from qpack.errors import QpackError
+from serve.registry.errors import RegistryError
 from serve.registry.registry import Registry
 
 _Stamp: TypeAlias = tuple[tuple[str, int, int, int], ...]
@@ -92,7 +93,10 @@ class Watch:
         versions = self._registry.versions(name)
         if not versions or any(version.by != self._by for version in versions):
             return None
-        self._registry.remove(name)
+        try:
+            self._registry.remove(name)
+        except RegistryError:  # by another process, meanwhile
+            return None
         return Change(name, "removed", f"{self._directory / name} is gone")
 
 
