@@ -5,7 +5,7 @@ illegal arguments `ValueError`. Long calls release the GIL, call ``on_progress(d
 ten times a second and once at the end, and stop on Ctrl-C or on an exception from that callback.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
@@ -147,10 +147,14 @@ def largest_values(path: str | PathLike[str]) -> dict[str, float]:
 def digest_tensors(
     paths: Sequence[str | PathLike[str]],
     *,
+    names: Collection[str] | None = None,
     threads: int = 0,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> list[tuple[Path, str, str]]:
-    """File, name and BLAKE3 (in hexadecimal, of the bytes as stored) of every tensor of these safetensors files."""
+    """File, name and BLAKE3 (in hexadecimal, of the bytes as stored) of every tensor of these safetensors files.
+
+    With ``names`` only of those.
+    """
 
 def fingerprint(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
     """The fingerprint of tensors given by name, dtype, shape and digest, in any order (see `qpack.manifest`)."""

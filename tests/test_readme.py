@@ -13,11 +13,13 @@ import pytest
 
 import qpack
 from qpack.demo import DemoReport
+from serve import ServeConfig, collect_adapters
 from serve.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONVERT = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+RECIPE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
 SERVE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
 MERGE = (ROOT / "docs" / "merge.md").read_text(encoding="utf-8")
 
@@ -159,6 +161,26 @@ def test_docs_serve_s_commands_run(workspace: Path) -> None:
             run_commands(block.replace("7c01", april[:4]), workspace)
     with Registry.open(workspace / "registry") as registry:
         assert len(registry.versions("support")) == 2
+
+
+def test_docs_recipe_runs_from_top_to_bottom(workspace: Path) -> None:
+    """The server that it starts is shown to take the adapter; it is started by the tests in serving/."""
+    for language, block in all_blocks(RECIPE):
+        if language == "json":
+            (workspace / "chat.jsonl").write_text("".join(block.replace("1", str(number)) for number in range(5)))
+        elif language == "sh":
+            run_commands(block, workspace)
+        elif language == "console":
+            arguments = shlex.split(block.splitlines()[0])
+            assert arguments[:4] == ["qpack", "serve", "base", "--adapter"]
+            ServeConfig(workspace / "base", collect_adapters([arguments[4].replace("=", f"={workspace}/")]))
+        else:
+            command = [sys.executable, "-c", block]
+            done = subprocess.run(command, cwd=workspace, check=True, capture_output=True, text=True)
+            found = re.match(r"KL (\S+)\n", done.stdout)
+            assert found
+            assert float(found[1]) < 1e-3
+    assert json.loads((workspace / "support" / "qpack_adapter.json").read_text())["metrics"]["steps"] == 6
 
 
 def test_links_lead_somewhere() -> None:

@@ -57,7 +57,7 @@ class Base:
         return cls(name, _core.fingerprint(lines), None)
 
     def __str__(self) -> str:
-        return f"{self.name} (fingerprint {self.fingerprint[:_DIGITS]})"
+        return f"{self.name} (fingerprint {shown(self.fingerprint)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +117,7 @@ def check_base(adapters: Iterable[Path], base: Checkpoint, *, force: bool = Fals
     found = Base.of(base)
     for adapter, record in records.items():
         if record.base.fingerprint != found.fingerprint:
-            _refuse(f"{adapter}: was trained on the base {record.base}, not on {found}", force=force)
-
-
-def check_original(adapter: Path, source: Path, digest: str, *, force: bool = False) -> None:
-    """Refuse ``source``, whose tensors have ``digest``, as that from which the adapter's base was packed.
-
-    The base itself passes too. If the adapter or its base has no record, nothing is known and nothing refused.
-
-    Raises:
-        AdapterError: naming both.
-    """
-    record = Record.find(adapter)
-    if record is None or record.base.source is None or digest in (record.base.source, record.base.fingerprint):
-        return
-    packed = f"the base {record.base}, packed from a checkpoint with digest {record.base.source[:_DIGITS]}"
-    _refuse(f"{adapter}: was trained on {packed}, not from {source} with {digest[:_DIGITS]}", force=force)
+            refuse(f"{adapter}: was trained on the base {record.base}, not on {found}", force=force)
 
 
 def refuse_correction(adapters: Iterable[Path], *, force: bool = False) -> None:
@@ -144,13 +129,19 @@ def refuse_correction(adapters: Iterable[Path], *, force: bool = False) -> None:
     for adapter in adapters:
         record = Record.find(adapter)
         if record is not None and record.settings.get("init_from_error"):
-            _refuse(
+            refuse(
                 f"{adapter}: was trained with init_from_error, so that it corrects the packed base; merge it onto that",
                 force=force,
             )
 
 
-def _refuse(message: str, *, force: bool) -> None:
+def shown(digest: str) -> str:
+    """As much of it as a message needs."""
+    return digest[:_DIGITS]
+
+
+def refuse(message: str, *, force: bool) -> None:
+    """Raise an `AdapterError`; with ``force`` only warn."""
     if not force:
         raise AdapterError(f"{message} (--force takes it all the same)")
     logger.warning("%s", message)

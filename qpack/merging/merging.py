@@ -25,7 +25,8 @@ from qpack import _core
 from qpack.adapters.adapter import Adapter
 from qpack.adapters.changes import AnyChange, Change
 from qpack.adapters.combining import CAT, Combination, Weighted, combine_factors, module_names
-from qpack.adapters.record import check_base, check_original, refuse_correction
+from qpack.adapters.origin import check_digest, check_likeness
+from qpack.adapters.record import check_base, refuse_correction
 from qpack.adapters.trained import Changes, changes
 from qpack.checkpoint import CONFIG_NAME, Checkpoint
 from qpack.companions import copy_companions, write_config
@@ -244,8 +245,8 @@ def merge(
                 on_progress=on_progress,
             )
             if original is not None:
-                for adapter, _ in job.adapters:
-                    check_original(adapter.path, job.onto.directory, written.source_fingerprint, force=force)
+                paths = [adapter.path for adapter, _ in job.adapters]
+                check_digest(job.base, paths, job.onto.directory, written.source_fingerprint, force=force)
             copy_companions(job.onto.directory, work.directory)
             write_config(work.directory, _config(job))
             stored = "packed" if job.packing else f"in {job.dtype}"
@@ -376,6 +377,7 @@ def _prepared(
         raise CheckpointError(f"{onto.directory}: is packed, and {why} (--onto original --source SRC)")
     check_base((adapter.path for adapter, _ in opened), checkpoint, force=force)
     if original is not None:
+        check_likeness(checkpoint, onto, force=force)
         refuse_correction((adapter.path for adapter, _ in opened), force=force)
     turned = _transposed(onto)
     read_as = set(turned) - set(onto.packed)

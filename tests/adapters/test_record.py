@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_llama
 
 import qpack
-from qpack.adapters.record import RECORD_NAME, Base, Record, check_original
+from qpack.adapters.record import RECORD_NAME, Base, Record
 from qpack.checkpoint import Checkpoint
 from qpack.errors import AdapterError, CheckpointError
 from qpack.manifest import MANIFEST_NAME, Manifest
@@ -128,14 +128,3 @@ def test_a_malformed_record_is_refused(
     edit(copy, change, RECORD_NAME)
     with pytest.raises(AdapterError, match=rf"{RECORD_NAME}: {message}"):
         ServeConfig(packed, {"mine": copy})
-
-
-def test_the_original_is_known_by_its_digest(adapter: Path, packed: Path, llama: Path, twin: Path) -> None:
-    digest = Base.of(Checkpoint.open(llama)).fingerprint
-    assert digest == Manifest.read(packed).source["digest"]
-    check_original(adapter, llama, digest)
-    other = Base.of(Checkpoint.open(twin.parent / "source")).fingerprint
-    message = rf"packed from a checkpoint with digest {digest[:12]}, not from .*source with {other[:12]} \(--force"
-    with pytest.raises(AdapterError, match=message):
-        check_original(adapter, twin.parent / "source", other)
-    check_original(adapter, twin.parent / "source", other, force=True)

@@ -159,7 +159,7 @@ def test_what_it_was_packed_from_is_the_original_no_more(llama: Path, packed: Pa
     base = {"name": "nf4", "fingerprint": made.fingerprint, "source": made.source["digest"]}
     record = {key: {} for key in ("versions", "settings", "data", "metrics")} | {"format": 1, "base": base}
     (two / "qpack_adapter.json").write_text(json.dumps(record | {"template": None}))
-    with pytest.raises(AdapterError, match=r"was trained on the base nf4 .*, packed from a checkpoint with digest"):
+    with pytest.raises(AdapterError, match=r"has digest .*, but the base nf4 .* was packed from one with digest"):
         qpack.merge(tmp_path / "nf4", two, tmp_path / "merged", original=llama)
     qpack.merge(tmp_path / "nf4", two, tmp_path / "merged")
 

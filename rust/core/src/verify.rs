@@ -8,17 +8,15 @@ use rayon::prelude::*;
 
 use crate::digest::Hasher;
 use crate::packed::Packed;
-use crate::safetensors::{Checkpoint, File, Tensor};
+use crate::safetensors::{Checkpoint, Tensor};
 use crate::stream::CHUNK;
 use crate::{Error, Job, Result, nf4, quant_state};
 
-/// The digest of every tensor of `files`, in their order and that of their bytes.
+/// The digest of each of `tensors`, in their order.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Cancelled`].
-pub fn digests<'a>(files: &'a [File], job: &Job) -> Result<Vec<(Tensor<'a>, String)>> {
-    let tensors = files.iter().flat_map(|file| file.tensors().iter().map(move |info| Tensor { file, info }));
-    let tensors: Vec<_> = tensors.collect();
+pub fn digests<'a>(tensors: Vec<Tensor<'a>>, job: &Job) -> Result<Vec<(Tensor<'a>, String)>> {
     let digests = tensors.into_par_iter().map_init(
         || vec![0; CHUNK],
         |buffer, tensor| {

@@ -1,14 +1,14 @@
 //! Digests, comparisons and statistics of what is stored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use qpack_core::digest::Fingerprint;
-use qpack_core::safetensors::{Checkpoint, File};
-use qpack_core::{Dtype, Error, Result, pack, statistics, verify};
+use qpack_core::safetensors::{Checkpoint, File, Tensor};
+use qpack_core::{Dtype, Error, Job, Result, pack, statistics, verify};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::errors::to_python;
@@ -22,18 +22,22 @@ fn pool(threads: usize) -> ThreadPool {
 }
 
 #[pyfunction]
-#[pyo3(signature = (paths, *, threads=0, on_progress=None))]
+#[pyo3(signature = (paths, *, names=None, threads=0, on_progress=None))]
 pub fn digest_tensors(
     py: Python<'_>,
     paths: Vec<PathBuf>,
+    names: Option<BTreeSet<String>>,
     threads: usize,
     on_progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<(PathBuf, String, String)>> {
     let open = || paths.iter().map(|path| File::open(path)).collect::<Result<Vec<_>>>();
     let files = py.detach(open).map_err(to_python)?;
-    let total = files.iter().flat_map(File::tensors).map(qpack_core::safetensors::TensorInfo::bytes).sum();
-    let digests = watch(py, total, on_progress.as_ref(), |job| pool(threads).install(|| verify::digests(&files, job)))?;
-    let digests = digests.into_iter();
+    let tensors = files.iter().flat_map(|file| file.tensors().iter().map(move |info| Tensor { file, info }));
+    let tensors: Vec<_> =
+        tensors.filter(|tensor| names.as_ref().is_none_or(|names| names.contains(&tensor.info.name))).collect();
+    let total = tensors.iter().map(|tensor| tensor.info.bytes()).sum();
+    let digests = |job: &Job| pool(threads).install(|| verify::digests(tensors, job));
+    let digests = watch(py, total, on_progress.as_ref(), digests)?.into_iter();
     Ok(digests.map(|(tensor, digest)| (tensor.file.path().to_owned(), tensor.info.name.clone(), digest)).collect())
 }
 
