@@ -6,25 +6,30 @@
     M.lora_embedding_A (r, vocabulary), M.lora_embedding_B (hidden, r)  M.weight + scale * (B @ A).T
     M.lora_magnitude_vector                                             DoRA: the norms of the sum, by output
     experts.lora_A.weight (experts * r, in), B (out, r * experts)       ``target_parameters``: each expert's own product
+    experts.3.up_proj.lora_A.weight ...                                 rows of what the base has of all experts
     M.token_adapter.trainable_tokens_delta (tokens, hidden)             rows of M.weight
     any other name                                                      the tensor itself: modules_to_save, biases
 
 PEFT puts ``base_layer.`` before what belongs to a wrapped module; each of several parameters of one module wraps the
-module once more, the first one innermost. Names must be those of the base's checkpoint. An output embedding that is
+module once more, the first one innermost. Names must be those of the base's checkpoint; where asked for they may be
+those of the model that the adapter was trained on, see `qpack.policy.places`. An output embedding that is
 tied to the input embedding becomes a tensor of its own where only one of the two changes, so that the result computes
 what the adapter's model did. Every tensor must be of use: one error lists those that are not.
 Reference: PEFT 0.21, ``tuners/lora/layer.py`` (``ParamWrapper``), ``dora.py``, ``tuners/trainable_tokens``.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from qpack.adapters.adapter import Adapter
 from qpack.adapters.changes import AnyChange, Change, LowRank, Replace, ReplaceRows, Stored, View
 from qpack.checkpoint import Checkpoint
 from qpack.errors import AdapterError
 from qpack.policy.modules import OUTPUT_EMBEDDING
+from qpack.policy.places import Place, Places, find_places
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -48,16 +53,19 @@ class Changes:
     """Whether the output embedding gets weights of its own, which the base ties to the input embedding."""
 
 
-def changes(adapter: Adapter, base: Checkpoint, transposed: Collection[str], *, weight: float = 1.0) -> Changes:
+def changes(
+    adapter: Adapter, base: Checkpoint, transposed: Collection[str], *, weight: float = 1.0, by_model: bool = False
+) -> Changes:
     """Find what ``adapter`` changes in ``base``, whose weights ``transposed`` lie as (in_features, out_features).
 
-    ``weight`` multiplies the low-rank changes, and can be other than 1 only where all changes are such.
+    ``weight`` multiplies the low-rank changes, and can be other than 1 only where all changes are such. ``by_model``
+    takes names that the checkpoint does not have for the model's, and experts one by one or all of a layer at once.
 
     Raises:
         AdapterError: a tensor changes nothing of the base, has no partner, or another shape than the base's weight, or
             is not of a change that has a weight.
     """
-    reader = _Reader(adapter, base, frozenset(transposed), weight)
+    reader = _Reader(adapter, base, frozenset(transposed), weight, by_model=by_model)
     found = reader.read()
     for name, change in found.items():
         if weight != 1 and not (isinstance(change, Change) and change.magnitude is None):
@@ -74,9 +82,11 @@ def input_embedding(base: Checkpoint) -> str | None:
 
 
 class _Reader:
-    def __init__(self, adapter: Adapter, base: Checkpoint, transposed: frozenset[str], weight: float) -> None:
+    def __init__(
+        self, adapter: Adapter, base: Checkpoint, transposed: frozenset[str], weight: float, *, by_model: bool
+    ) -> None:
         self.adapter, self.base = adapter, base
-        self._transposed, self._weight = transposed, weight
+        self._transposed, self._weight, self._by_model = transposed, weight, by_model
         self.tied = bool(base.config.get("tie_word_embeddings", _HEAD not in base.weights))
         self.input = input_embedding(base)
 
@@ -99,28 +109,110 @@ class _Reader:
                 self._require_shape(key, name, shape)
                 found[name] = Replace(self._stored(key))
         for module, pair in sorted(parts.items()):
-            weight = self._weight_of(module)
-            if weight is None:
-                unmatched += pair.values()
-            elif weight in found:
-                raise AdapterError(f"{self.adapter.path}: changes {weight} by {min(pair.values())} and by itself")
-            else:
-                found[weight] = self._change(module, weight, pair)
+            unmatched += self._add(found, module, pair)
         if unmatched:
-            rest = f" and {len(unmatched) - _SHOWN} more" if len(unmatched) > _SHOWN else ""
-            shown = ", ".join(sorted(unmatched)[:_SHOWN]) + rest
-            raise AdapterError(
-                f"{self.adapter.path}: changes what the base {self.base.directory} does not have: {shown}"
-            )
+            raise self._unmatched(unmatched)
         return found
+
+    def _add(self, found: dict[str, AnyChange], module: str, pair: Mapping[str, str]) -> Collection[str]:
+        """Put what belongs to ``module`` into ``found``; return the keys that are of nothing in the base."""
+        weight = self._weight_of(module)
+        terms = self._elsewhere(module, pair) if weight is None else []
+        for name, term in terms:
+            found[name] = self._with_term(found.get(name), term, name, pair)
+        if weight in found:
+            raise AdapterError(f"{self.adapter.path}: changes {weight} by {min(pair.values())} and by itself")
+        if weight is not None:
+            found[weight] = self._change(module, weight, pair)
+        return () if weight is not None or terms else pair.values()
+
+    def _unmatched(self, keys: list[str]) -> AdapterError:
+        rest = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+        shown = ", ".join(sorted(keys)[:_SHOWN]) + rest
+        return AdapterError(f"{self.adapter.path}: changes what the base {self.base.directory} does not have: {shown}")
+
+    @cached_property
+    def _places(self) -> Places:
+        """Where the base holds what only the model has so; needed, and found, only where the base's names do not do."""
+        return find_places(self.base) if self._by_model else Places({}, {})
+
+    def _elsewhere(self, module: str, pair: Mapping[str, str]) -> list[tuple[str, LowRank]]:
+        """What ``module`` of the model adds to weights of the base, by their names; nothing if the base lacks it."""
+        if pair.keys() != {"lora_A.weight", "lora_B.weight"}:
+            return []
+        a, b = pair["lora_A.weight"], pair["lora_B.weight"]
+        if place := self._places.weights.get(f"{module}.weight"):
+            return [(place.name, self._in_rows(module, place, a, b))]
+        plain = module.removesuffix(".base_layer")
+        targets = [leaf for leaf in self._targets() if f"{plain}.{leaf}" in self._places.parameters]
+        depth = 1 if module == plain else 2
+        if len(targets) < depth:
+            return []
+        parameter = f"{plain}.{targets[-depth]}"
+        return self._single_experts(parameter, self._places.parameters[parameter], a, b)
+
+    def _with_term(self, before: AnyChange | None, term: LowRank, name: str, pair: Mapping[str, str]) -> Change:
+        if not isinstance(before, Change | None):
+            raise AdapterError(f"{self.adapter.path}: changes {name} by {min(pair.values())} and by itself")
+        return Change((*before.terms, term) if before else (term,))
+
+    def _in_rows(self, module: str, place: Place, a: str, b: str) -> LowRank:
+        """The product of one module, for its place."""
+        if place.interleaved:
+            raise AdapterError(
+                f"{self.adapter.path}: {module} is of one expert, but {self.base.directory} holds all of a layer in "
+                f"{place.name}, two of each in alternate columns: it is served as it is, and not merged"
+            )
+        shape = self.base.weights[place.name]
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        first, last = place.rows or (0, rows)
+        (r, inputs), (outputs, b_rank) = self._shapes(a, b)
+        transposed = place.name in self._transposed
+        expected = (last - first, columns)
+        self._require_shape(a, place.name, (inputs, outputs) if transposed else (outputs, inputs), expected)
+        self._require_rank(module, r, b_rank)
+        left, right = View(self._stored(b), (r, 1)), View(self._stored(a), (inputs, 1))
+        if transposed:
+            left, right = _transpose(right), _transpose(left)
+        return LowRank(left, right, r, self._scale(module), place.rows)
+
+    def _single_experts(
+        self, parameter: str, experts: tuple[tuple[str, ...], ...], a: str, b: str
+    ) -> list[tuple[str, LowRank]]:
+        """The products of a parameter of all experts, each cut into the weights that stand one below the other."""
+        stacked, inputs, outputs = self._stacked(parameter, len(experts), a, b)
+        r = stacked // len(experts)
+        terms = []
+        for number, names in enumerate(experts):
+            shapes = [self.base.weights[name] for name in names]
+            self._require_shape(a, names[0], (outputs, inputs), (sum(rows for rows, _ in shapes), shapes[0][1]))
+            right = View(self._stored(a), (inputs, 1), number * r * inputs)
+            first = 0
+            for name, (rows, _) in zip(names, shapes, strict=True):
+                left = View(self._stored(b), (stacked, len(experts)), number + first * stacked)
+                terms.append((name, LowRank(left, right, r, self._scale(parameter))))
+                first += rows
+        return terms
+
+    def _stacked(self, parameter: str, experts: int, a: str, b: str) -> tuple[int, int, int]:
+        """Rank of all experts together, in_features and out_features of the factors of one parameter."""
+        (stacked, inputs), (outputs, b_rank) = self._shapes(a, b)
+        self._require_rank(parameter, stacked // experts, b_rank // experts)
+        if stacked % experts or b_rank != stacked:
+            raise AdapterError(f"{self.adapter.path}: {a} has {stacked} rows for {experts} experts")
+        return stacked, inputs, outputs
+
+    def _targets(self) -> list[str]:
+        """The parameters that are targets, the innermost first."""
+        named = [target.rpartition(".")[2] for target in self.adapter.config.get("target_parameters") or ()]
+        return [leaf for leaf in _PARAMETERS if leaf in named]
 
     def _weight_of(self, module: str) -> str | None:
         """The base's name of what ``module`` changes: its weight, or one of its parameters."""
         plain = module.removesuffix(".base_layer")
         if module == plain and (f"{module}.weight" in self.base.weights or f"{module}.weight" == _HEAD):
             return f"{module}.weight"
-        named = [target.rpartition(".")[2] for target in self.adapter.config.get("target_parameters") or ()]
-        targets = [leaf for leaf in _PARAMETERS if leaf in named and f"{plain}.{leaf}" in self.base.weights]
+        targets = [leaf for leaf in self._targets() if f"{plain}.{leaf}" in self.base.weights]
         depth = 1 if module == plain else 2  # from the outside
         return f"{plain}.{targets[-depth]}" if len(targets) >= depth else None
 
@@ -156,13 +248,10 @@ class _Reader:
     def _experts(self, name: str, shape: tuple[int, ...], a: str, b: str) -> Change:
         """One product an expert: A is stacked by experts, in B the experts alternate."""
         experts, rows, _ = shape
-        (stacked, inputs), (outputs, b_rank) = self._shapes(a, b)
+        stacked, inputs, outputs = self._stacked(name, experts, a, b)
         transposed = name in self._transposed
         self._require_shape(a, name, (experts, inputs, outputs) if transposed else (experts, outputs, inputs), shape)
         r = stacked // experts
-        self._require_rank(name, r, b_rank // experts)
-        if stacked != r * experts or b_rank != stacked:
-            raise AdapterError(f"{self.adapter.path}: {a} has {stacked} rows for {experts} experts")
         terms = []
         for expert in range(experts):
             left = View(self._stored(b), (stacked, experts), expert)

@@ -62,12 +62,12 @@ def combine(
     check_base(paths, checkpoint, force=force)
     transposed = () if checkpoint.packed else transposed_weights(checkpoint)
     for adapter, weight in opened:
-        changes(adapter, checkpoint, transposed, weight=weight)
+        changes(adapter, checkpoint, transposed, weight=weight, by_model=True)
     destination = Path(destination)
     inputs = [checkpoint.directory, *paths]
     with new_directory(destination, force=force, marker=CONFIG_NAME, inputs=inputs) as directory:
         made = combine_factors(opened, combination, module_names(checkpoint), directory)
-        found = changes(made, checkpoint, transposed)
+        found = changes(made, checkpoint, transposed, by_model=True)
         copy_tokenizer(paths[0], directory)
         records = [record for path in paths if (record := Record.find(path))]
         corrects = [source for record in records if (source := record.settings.get("init_from_error"))]

@@ -381,14 +381,14 @@ def _prepared(
         refuse_correction((adapter.path for adapter, _ in opened), force=force)
     turned = _transposed(onto)
     read_as = set(turned) - set(onto.packed)
-    found = [changes(adapter, onto, read_as, weight=weight) for adapter, weight in opened]
+    found = [changes(adapter, onto, read_as, weight=weight, by_model=True) for adapter, weight in opened]
     with TemporaryDirectory(prefix="qpack-") as scratch:
         if combination.kind == "cat":
             applied = opened
             total = _sum(found, [adapter for adapter, _ in opened])
         else:
             applied = ((combine_factors(opened, combination, module_names(onto), Path(scratch)), 1.0),)
-            total = changes(applied[0][0], onto, read_as)
+            total = changes(applied[0][0], onto, read_as, by_model=True)
         for name, change in total.by_weight.items():
             logger.debug("merge %s: %s", name, type(change).__name__)
         if options is not None:

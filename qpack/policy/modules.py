@@ -118,9 +118,18 @@ def transposed_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
     Raises:
         CheckpointError: for a model that transformers does not know, or that lacks weights.
     """
-    roles = _anatomy(checkpoint, checkpoint.weights).roles
+    roles = read_roles(checkpoint)
     experts = {name for name in checkpoint.packed if name not in roles and EXPERT.fullmatch(name.rpartition(".")[0])}
     return tuple(name for name in checkpoint.weights if name in experts or is_transposed(roles.get(name)))
+
+
+def read_roles(checkpoint: Checkpoint) -> Mapping[str, Role]:
+    """The roles of the tensors of a checkpoint that is packed, or 16-bit, by their names.
+
+    Raises:
+        CheckpointError: as `transposed_weights`.
+    """
+    return _anatomy(checkpoint, checkpoint.weights).roles
 
 
 def _anatomy(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
