@@ -21,6 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONVERT = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
 RECIPE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
 SERVE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+TRAIN = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
 MERGE = (ROOT / "docs" / "merge.md").read_text(encoding="utf-8")
 
 
@@ -138,6 +139,22 @@ def test_docs_convert_runs_from_top_to_bottom(workspace: Path) -> None:
     assert [line for line in printed if not line.startswith(machine)] == [
         line for line in expected if not line.startswith(machine)
     ]
+
+
+def test_docs_train_runs_up_to_the_first_step(workspace: Path) -> None:
+    """What it says of data and memory; training itself is run by the README and by tests/training."""
+    for language, block in all_blocks(TRAIN):
+        if language == "jsonl":
+            (workspace / "chat.jsonl").write_text(block)
+        elif language == "sh":
+            run_commands(block, workspace)
+        elif not language:
+            command, expected = block.split("\n", 1)
+            arguments = shlex.split(command.removeprefix("$ qpack "))
+            done = subprocess.run(
+                [sys.executable, "-m", "qpack", *arguments], cwd=workspace, check=True, capture_output=True, text=True
+            )
+            assert done.stdout == expected
 
 
 def test_docs_merge_runs_from_top_to_bottom(workspace: Path) -> None:
