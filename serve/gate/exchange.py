@@ -206,10 +206,15 @@ class Exchange:
         if self.gone.done():
             raise ClientGone
         if call.hung_up.is_set() and not self.finished:
-            raise Refusal(504, f"there was no answer within {seconds:.0f} s")
+            raise too_late()
         if not self.finished:
             raise broken() or Refusal(503, "the answer broke off, ask again", retry_after=1)
         return scope["state"]
+
+
+def too_late() -> Refusal:
+    """Where an answer has met its deadline."""
+    return Refusal(504, "the deadline passed before the answer was there")
 
 
 def _too_large(limit: int) -> Refusal:

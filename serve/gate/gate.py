@@ -25,7 +25,7 @@ from qpack.errors import ServeError
 from serve.gate.access import MODELS, PUBLIC, caller
 from serve.gate.budget import Budgets
 from serve.gate.catalogue import Catalogue, models
-from serve.gate.exchange import ClientGone, Exchange
+from serve.gate.exchange import ClientGone, Exchange, too_late
 from serve.gate.keys import Key, Keys
 from serve.gate.limits import RequestLimits
 from serve.gate.metrics import Metrics
@@ -127,7 +127,7 @@ class Gate:
             visit.reason = str(refusal)
             await exchange.refuse(refusal)
         except ClientGone:
-            visit.reason = "the client left"
+            visit.left = True
         except BaseException as error:
             visit.reason = f"{type(error).__name__}: {error}"
             exchange.status = exchange.status or 500
@@ -233,8 +233,8 @@ class Gate:
             raise Refusal(429, "too many requests are waiting", retry_after=full.retry_after) from None
         except TimeoutError:
             if last < end:
-                raise Refusal(503, f"no turn came within {last - came:.0f} s", retry_after=1) from None
-            raise Refusal(504, f"there was no answer within {end - visit.came:.0f} s") from None
+                raise Refusal(503, f"no turn came within {last - came:g} s", retry_after=1) from None
+            raise too_late() from None
 
     async def _forward(self, app: App, visit: Visit, question: Question, turn: Turn, end: float) -> None:
         exchange = visit.exchange

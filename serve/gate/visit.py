@@ -37,6 +37,8 @@ class Visit:
     load_seconds: float | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
+    left: bool = False
+    """Whether the client did not wait for the end."""
     reason: str | None = None
     """Why there is no answer, or no whole one."""
 
@@ -62,8 +64,8 @@ class Visit:
     def end(self, metrics: Metrics) -> None:
         """Write it down, when all has been sent."""
         exchange = self.exchange
-        status = exchange.status or CLIENT_GONE
-        reason = self.reason or exchange.error
+        status = CLIENT_GONE if self.left else exchange.status or 500
+        reason = "the client left" if self.left else self.reason or exchange.error
         if self.completion:
             self._count(metrics, "error" if exchange.error else str(status))
         now = asyncio.get_running_loop().time()

@@ -95,6 +95,8 @@ def test_a_client_that_leaves_frees_its_place(running: Site, streamed: bool) -> 
                 http.post("/v1/completions", json=body, timeout=0.3)
     until(lambda: at_rest(running))
     assert running.engine.aborted == 1
+    labels = {"adapter": "support", "version": "000000000000", "status": "499"}
+    until(lambda: running.figure("qpack_requests_total", **labels) == 1)
 
 
 def test_a_client_that_leaves_the_line_is_never_asked_for(tmp_path: Path) -> None:
