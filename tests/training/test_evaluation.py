@@ -15,9 +15,10 @@ from qpack.errors import DataError
 from qpack.loading.model import load
 from qpack.training import EvalLog, Event, StepLog, TrainReport, TrainSettings, train
 from qpack.training.batches import collate
-from qpack.training.compute import choose_compute
+from qpack.training.compute import Compute
 from qpack.training.model import load_tokenizer
 
+FLOAT32 = Compute("cpu", torch.float32)
 SETTINGS = TrainSettings(r=4, lora_dropout=0.1, lr=3e-3, batch_size=3, max_steps=8, eval_steps=3, samples=0)
 
 
@@ -29,9 +30,9 @@ def loss_of(adapter: Path, base: Path, data: Path) -> float:
     """The mean over tokens, of all sequences in one batch, by stock PEFT."""
     rows = encode(read(data), load_tokenizer(base), base, DataOptions(), 1024)
     batch = collate(rows.examples[:])
-    model: Any = PeftModel.from_pretrained(load(base, dtype=choose_compute().dtype), adapter).eval()
+    model: Any = PeftModel.from_pretrained(load(base, dtype=torch.float32), adapter).eval()
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
-    with torch.no_grad(), torch.autocast(model.device.type, choose_compute().dtype):
+    with torch.no_grad():
         return float(model(**inputs).loss)
 
 
@@ -46,11 +47,16 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(base: Path, data: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainReport, Any]:
-    """A run of which the loss on what is held out falls, and then rises as the orders are learned by heart."""
+    """A run of which the loss on what is held out falls, and then rises as the orders are learned by heart.
+
+    In float32: in bfloat16 the curve of so hasty a run is decided by rounding.
+    """
     events: list[Event] = []
     settings = replace(SETTINGS, lr=1e-2, max_steps=60, early_stopping=2)
     output = tmp_path_factory.mktemp("evaluated") / "adapter"
-    return train(base, data, output, settings, eval_data=other, on_event=events.append), events
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qpack.training.compute.choose_compute", lambda: FLOAT32)
+        return train(base, data, output, settings, eval_data=other, on_event=events.append), events
 
 
 def test_the_best_adapter_is_kept_and_its_loss_is_the_mean_over_tokens(
@@ -61,8 +67,8 @@ def test_the_best_adapter_is_kept_and_its_loss_is_the_mean_over_tokens(
     best = min(logs, key=lambda log: log.loss)
     assert (report.best_step, report.best_eval_loss) == (best.step, best.loss)
     assert best.best
-    # bfloat16 keeps 8 bits; seven sequences in batches of three there, in one here
-    assert loss_of(report.output, base, other) == pytest.approx(best.loss, rel=5e-3)
+    # Seven sequences in batches of three there, in one here: sums in another order.
+    assert loss_of(report.output, base, other) == pytest.approx(best.loss, rel=1e-4)
     assert loss_of(report.output, base, other) < logs[-1].loss - 0.05
 
 

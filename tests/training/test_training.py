@@ -261,11 +261,6 @@ def test_damaged_base_is_refused(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_unpacked_base_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="run `qpack convert` on the model first"):
-        train(base.parent / "source", data, tmp_path / "adapter", ONE_STEP)
-
-
 def test_bad_data_is_refused_with_its_line(base: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": 1, "completion": "b"}\n')
