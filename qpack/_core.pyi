@@ -5,7 +5,7 @@ illegal arguments `ValueError`. Long calls release the GIL, call ``on_progress(d
 ten times a second and once at the end, and stop on Ctrl-C or on an exception from that callback.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
@@ -147,7 +147,7 @@ def largest_values(path: str | PathLike[str]) -> dict[str, float]:
 def digest_tensors(
     paths: Sequence[str | PathLike[str]],
     *,
-    names: Collection[str] | None = None,
+    names: set[str] | None = None,
     threads: int = 0,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> list[tuple[Path, str, str]]:

@@ -103,10 +103,11 @@ class _Reader:
             name = name.replace(".base_layer.", ".")
             if not key.startswith(_PREFIX) or (name not in self.base.weights and name != _HEAD):
                 unmatched.append(key)
-            elif key.endswith(".base_layer.weight"):
+                continue
+            self._require_shape(key, name, shape)
+            if key.endswith(".base_layer.weight"):
                 self._require_same(key, name)
             else:
-                self._require_shape(key, name, shape)
                 found[name] = Replace(self._stored(key))
         for module, pair in sorted(parts.items()):
             unmatched += self._add(found, module, pair)
@@ -291,9 +292,11 @@ class _Reader:
     ) -> None:
         expected = expected or self.base.weights.get(name) or self.base.weights.get(self.input or "")
         if shape != expected:
+            resized = name in (self.input, _HEAD)
+            hint = " (if its vocabulary was resized, resize and save that of the base first)" if resized else ""
             raise AdapterError(
                 f"{self.adapter.path}: {key} changes {name} of shape {shape}; "
-                f"in the base {self.base.directory} it is {expected}"
+                f"in the base {self.base.directory} it is {expected}{hint}"
             )
 
     def _require_same(self, key: str, name: str) -> None:
