@@ -13,10 +13,11 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import definitions
+import factors
 import pytest
 import torch
 from moe import draw_mxfp4
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from skeleton import SIZES, quiet
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -294,3 +295,20 @@ def test_codes_that_stand_for_no_number_are_refused(
     with pytest.raises(CheckpointError, match=message):
         qpack.convert(tmp_path / "source", tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_adapter_is_merged_onto_what_fp8_decodes_to(tmp_path: Path) -> None:
+    decoded = fp8(tmp_path / "source")
+    drawn = factors.draw(tmp_path / "source")
+    adapter = factors.write(tmp_path / "adapter", drawn)
+    qpack.merge(tmp_path / "source", adapter, tmp_path / "merged")
+    merged = load_file(next((tmp_path / "merged").glob("*.safetensors")))
+    assert set(merged) == {name for name in Checkpoint.open(tmp_path / "source").weights if "_scale" not in name}
+    for name, weight in decoded.items():
+        if "q_proj" in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = (drawn[f"{module}.lora_{factor}.weight"].double() for factor in "AB")
+            assert torch.allclose(merged[name].double(), weight.double() + 2 * b @ a, rtol=2**-7, atol=1e-3)
+        else:
+            assert torch.equal(merged[name], weight)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16

@@ -1,6 +1,6 @@
 """What adapters change in the weights of a base, as plain data: where the factors are, and which rows they are for.
 
-`qpack.adapters.adapter` makes these from PEFT's files; Rust carries them out (`qpack._core.merge`) without knowing
+`qpack.adapters.trained` makes these from PEFT's files; Rust carries them out (`qpack._core.merge`) without knowing
 about models. A weight is seen as a matrix as it lies in the base's file: its last dimension are the columns, all others
 together the rows. So a transposed weight has its factors' views transposed, and one expert of a fused weight is a range
 of rows.

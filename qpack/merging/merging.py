@@ -5,9 +5,8 @@ Each weight is what PEFT makes of it in f64, rounded once: of the packed base th
 The result is plain, or with ``to="nf4"`` packed as `qpack.convert` packs: from the sum of the original's weight and the
 change, as f32. Never from a packed weight, where most codes would round to what they were and lose the adapter.
 
-Names and shapes are those of the checkpoint that is merged onto. Packed weights that 16-bit checkpoints of the family
-hold transposed (GPT-2) are written so. The experts of a packed gpt-oss, which 16-bit checkpoints hold in one tensor a
-layer, are refused: merge onto the original.
+How every tensor is written is the matter of `qpack.merging.plain` and `qpack.merging.packed`. Rust reads, adds, rounds
+and writes (`qpack._core.merge`).
 """
 
 import json
@@ -33,15 +32,12 @@ from qpack.companions import copy_companions, write_config
 from qpack.errors import AdapterError, CheckpointError
 from qpack.inspection import Inspection, inspect, kind_of, layer_of
 from qpack.manifest import MANIFEST_NAME, Manifest, WeightError
-from qpack.merging import packed
+from qpack.merging import packed, plain
 from qpack.merging.card import write_card
 from qpack.merging.effects import Effect, by_kind, measure_effects
 from qpack.output import free_bytes, refuse_full_disk, refuse_inputs, resumable_directory
 from qpack.packing import ConvertOptions, PackingJob, Progress
-from qpack.policy.encoded import read_sources
-from qpack.policy.modules import transposed_weights
-from qpack.policy.plan import Part, Recipe
-from qpack.policy.skipping import EXPERT
+from qpack.policy.plan import Recipe
 from qpack.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -51,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("plain", "nf4")
 DTYPES = ("bfloat16", "float16", "float32")
-_FLOATS = ("BF16", "F16", "F32")
 
 Adapters: TypeAlias = Path | str | Sequence[tuple[Path | str, float]]
 """One adapter, or several with their weights."""
@@ -80,22 +75,25 @@ class MergeReport:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON can say it."""
-        weights = [
-            {"name": name, "kind": kind_of(name), "layer": layer_of(name), **effect.as_json()}
-            for name, effect in self.effects.items()
-        ]
-        kinds = [
-            {"name": kind, "count": len(found), **Effect.of_all(list(found.values())).as_json()}
-            for kind, found in by_kind(self.effects).items()
-        ]
-        check = self.check and asdict(self.check)
-        sums = {"merged": self.merged, "check": check, "errors_of": self.errors_of, "resumed_bytes": self.resumed_bytes}
-        written = {
+        return {
             "directory": str(self.result.directory),
             "files": list(self.result.files),
             "bytes": self.result.bytes,
+            "merged": self.merged,
+            "foreign": list(self.foreign),
+            "check": self.check and asdict(self.check),
+            "errors_of": self.errors_of,
+            "resumed_bytes": self.resumed_bytes,
+            "seconds": self.seconds,
+            "kinds": [
+                {"name": kind, "count": len(found), **Effect.of_all(list(found.values())).as_json()}
+                for kind, found in by_kind(self.effects).items()
+            ],
+            "weights": [
+                {"name": name, "kind": kind_of(name), "layer": layer_of(name), **effect.as_json()}
+                for name, effect in self.effects.items()
+            ],
         }
-        return written | sums | {"seconds": self.seconds, "kinds": kinds, "weights": weights}
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,14 +377,14 @@ def _prepared(
     if original is not None:
         check_likeness(checkpoint, onto, force=force)
         refuse_correction((adapter.path for adapter, _ in opened), force=force)
-    turned = _transposed(onto)
-    read_as = set(turned) - set(onto.packed)
+    turned = plain.transposed(onto)
+    read_as = turned - set(onto.packed)  # packed weights lie as Linear's do
     found = [changes(adapter, onto, read_as, weight=weight, by_model=True) for adapter, weight in opened]
     with TemporaryDirectory(prefix="qpack-") as scratch:
         if combination.kind == "cat":
             applied = opened
             total = _sum(found, [adapter for adapter, _ in opened])
-        else:
+        else:  # what each one changes has been checked; in numbers only the combination counts
             applied = ((combine_factors(opened, combination, module_names(onto), Path(scratch)), 1.0),)
             total = changes(applied[0][0], onto, read_as, by_model=True)
         for name, change in total.by_weight.items():
@@ -396,52 +394,9 @@ def _prepared(
             recipes = packed.with_changes(packing, total).plan.recipes
         else:
             packing = None
-            tied = total.by_weight.keys() - onto.weights.keys()  # until now: an output embedding
-            recipes = (*_recipes(onto, set(turned), dtype), *(packed.untied(onto, name, dtype) for name in tied))
+            new = total.by_weight.keys() - onto.weights.keys()  # an output embedding that was tied
+            recipes = (*plain.recipes(onto, turned, dtype), *(packed.untied(onto, name, dtype) for name in new))
         yield _Job(checkpoint, onto, opened, combination, applied, recipes, total, dtype, max_shard_bytes, packing)
-
-
-def _transposed(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The weights that 16-bit checkpoints of the model hold as (in_features, out_features)."""
-    recorded = (checkpoint.directory / MANIFEST_NAME).is_file()
-    found = Manifest.read(checkpoint.directory).transposed if recorded else transposed_weights(checkpoint)
-    for name in found:
-        if name in checkpoint.packed and EXPERT.fullmatch(name.rpartition(".")[0]):
-            raise CheckpointError(
-                f"{checkpoint.directory}: {name} is of one expert, but 16-bit checkpoints of "
-                f"{checkpoint.config.get('model_type')} have all of a layer in one tensor; "
-                "merge onto the original checkpoint instead"
-            )
-    return found
-
-
-def _recipes(checkpoint: Checkpoint, transposed: set[str], dtype: str) -> list[Recipe]:
-    """Every tensor as a plain checkpoint has it: packed and encoded weights decoded, floats in ``dtype``.
-
-    What a 16-bit model has in F32 stays so: its router's correction bias, for one.
-    """
-    half = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")) in ("bfloat16", "float16")
-    encoded = {source.stored: source for source in read_sources(checkpoint)} if not checkpoint.packed else {}
-    recipes = []
-    for name, shape in checkpoint.weights.items():
-        if checkpoint.packed or name not in encoded:
-            scale, block = None, None
-            if encoded:
-                continue  # it only decodes another
-        else:
-            source = encoded[name]
-            shape, scale, block = source.shape, source.scale, source.block
-            if source.name != source.stored:
-                raise CheckpointError(f"{checkpoint.directory}: {name} is MXFP4, which is not merged onto")
-        if name in checkpoint.packed:
-            turn = name in transposed
-            part = Part(name, shape[::-1] if turn else shape, dtype=dtype, transpose=turn)
-        else:
-            stored = checkpoint.tensors[name].dtype
-            cast = scale is not None or (stored in _FLOATS and not (half and stored == "F32"))
-            part = Part(name, shape, dtype=dtype if cast else None)
-        recipes.append(Recipe(name, (part,), scale, block))
-    return recipes
 
 
 def _sum(found: list[Changes], adapters: list[Adapter]) -> Changes:
