@@ -22,7 +22,7 @@ def finish(base: Path, data: Path, output: Path, settings: TrainSettings) -> int
     receiver, sender = _server.Pipe(duplex=False)
     process = _server.Process(target=_run, args=(base, data, output, settings, sender.send))
     process.start()
-    begin: RunBegin = receiver.recv()
+    begin = next(event for event in iter(receiver.recv, None) if isinstance(event, RunBegin))
     process.join()
     assert process.exitcode == 0
     return begin.step
