@@ -113,7 +113,8 @@ def test_the_merged_directory_is_plain_sharded_and_the_same_for_any_number_of_th
     assert "quantization_config" not in config
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert model.dtype == torch.bfloat16
-    assert (tmp_path / "one" / "chat_template.jinja").is_file()
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (packed / name).read_bytes()
     with pytest.raises(OutputExistsError):
         qpack.merge(packed, adapter, tmp_path / "one")
 
