@@ -17,12 +17,12 @@ def main() -> None:
     listener, control = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:3])
     listener.set_inheritable(False)
     parent = Parent(control)
-    config, level = parent.receive()
+    config, registry, level = parent.receive()
     terminal.configure_logging(verbose=level <= logging.DEBUG, quiet=level > logging.INFO)
     from serve import engine
 
     try:
-        engine.run(config, listener, parent)
+        engine.run(config, registry, listener, parent)
     except QpackError as error:
         parent.failed(str(error))
         sys.exit(1)

@@ -1,24 +1,37 @@
 """What to serve, checked completely before the engine is loaded.
 
 Refused: a base that is not packed as NF4; an adapter that is malformed, of another base, or larger than the rank
-asked for; a name that is illegal, used twice, or the base's own. An adapter whose record names another base is refused
-too, unless ``force`` is set.
+asked for; a name that is illegal, used twice, or the base's own; a registry of another base; an address that others
+can reach, without API keys. An adapter whose record names another base is refused too, unless ``force`` is set.
 """
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpack.adapters.adapter import CONFIG_NAME, Adapter
 from qpack.adapters.record import check_base
 from qpack.adapters.trained import changes
+from qpack.checkpoint import Checkpoint
 from qpack.errors import ServeError
 from qpack.loading.base import require_packed
+from serve.gate.access import is_loopback
+from serve.gate.keys import FILE_NAME as KEYS_NAME
+from serve.gate.keys import Keys
+from serve.gate.limits import RequestLimits
+from serve.registry import Registry
+from serve.registry.registry import DATABASE_NAME
 from serve.registry.version import NAME, NAME_RULE
 
 # The ranks that vLLM can allocate slots for: MaxLoRARanks in vllm/config/lora.py.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# By default: adapters that come later find so many slots at least, of so large a rank; nobody pays for more unasked.
+_LEAST_SLOTS, _MOST_SLOTS = 4, 16
+_LEAST_RANK = 16
+_LEAST_RESIDENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,47 +41,68 @@ class ServeConfig:
     Raises:
         CheckpointError: if the base is not a packed model directory.
         AdapterError: if an adapter is malformed or of another base.
-        ServeError: for a name, port or number that cannot be served.
+        RegistryError: if the registry is of another base.
+        ServeError: for a name, address or number that cannot be served.
     """
 
     base: Path
     """Directory of the packed base; clients reach it as ``model`` under the directory's name."""
     adapters: Mapping[str, Path] = field(default_factory=dict)
     """Directory of each adapter by its name; `collect_adapters` makes it from command line options."""
+    watch: Path | None = None
+    """Directory whose subdirectories are adapters, those too that come and go while it is served."""
+    registry: Path | None = None
+    """Directory of the registry, made if it isn't there: its adapters are served, and new ones kept in it. By default
+    one that ends with the server."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free port; the line that says `ready` names it."""
+    without_keys: bool = False
+    """Let other machines in, though there are no API keys."""
     max_loras: int | None = None
-    """Adapters that one batch can mix. By default all of them: then none is ever swapped out and in."""
+    """Adapters that one batch can mix. By default all that there are at the start, from 4 to 16."""
+    max_cpu_loras: int | None = None
+    """Versions in the engine's memory; others are loaded when asked for. By default 16, or all at the start."""
     max_lora_rank: int | None = None
-    """Rank that a slot has room for, one of `LORA_RANKS`. By default the smallest that the adapters fit in."""
+    """Rank that a slot has room for, one of `LORA_RANKS`. By default the smallest that the adapters fit in, and 16 at
+    least where more of them may come."""
     max_model_len: int | None = None
     """Tokens in a prompt and its answer. By default what the model and the memory for the KV cache allow."""
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    """What is let in."""
     drain_timeout: float = 30.0
     """Seconds that streams may take to end after SIGTERM."""
     force: bool = False
-    """Serve an adapter although its record names another base."""
+    """Serve adapters although their records name another base."""
     verbose: bool = False
-    """Show vLLM's own log and a line for each request."""
+    """Show vLLM's own log."""
 
     def __post_init__(self) -> None:
         base = self.base.resolve()
         adapters = {name: path.resolve() for name, path in self.adapters.items()}
-        _check_names(base, adapters)
+        given = adapters | _subdirectories(self.watch, adapters)
+        _check_names(base, given)
         _check_numbers(self)
+        _check_address(self)
         checkpoint = require_packed(base)
-        opened = [Adapter.open(path) for path in adapters.values()]
-        for adapter in opened:
-            adapter.require_plain()
-            changes(adapter, checkpoint, ())
-        check_base((adapter.path for adapter in opened), checkpoint, force=self.force)
+        ranks = _registered(self.registry, base) | _checked_ranks(given, checkpoint, force=self.force)
 
         fill = object.__setattr__  # the way of a frozen dataclass to hold what its checks have worked out
         fill(self, "base", base)
         fill(self, "adapters", adapters)
-        if opened:
-            fill(self, "max_loras", self.max_loras or len(opened))
-            fill(self, "max_lora_rank", _slot_rank(opened, self.max_lora_rank))
+        fill(self, "watch", self.watch and self.watch.resolve())
+        fill(self, "registry", self.registry and self.registry.resolve())
+        if not (ranks or self.registry or self.watch):
+            if self.max_loras or self.max_cpu_loras or self.max_lora_rank:
+                raise ServeError("max_loras, max_cpu_loras and max_lora_rank need an adapter, or a registry for some")
+            return
+        slots = self.max_loras or min(max(len(ranks), _LEAST_SLOTS), _MOST_SLOTS)
+        resident = self.max_cpu_loras or max(len(ranks), slots, _LEAST_RESIDENT)
+        if resident < slots:
+            raise ServeError(f"max_cpu_loras {resident}: expected at least max_loras, {slots}")
+        fill(self, "max_loras", slots)
+        fill(self, "max_cpu_loras", resident)
+        fill(self, "max_lora_rank", _slot_rank(given, ranks, self.max_lora_rank))
 
     @property
     def name(self) -> str:
@@ -76,33 +110,33 @@ class ServeConfig:
         return self.base.name
 
 
-def collect_adapters(pairs: Iterable[str] = (), folder: Path | None = None) -> dict[str, Path]:
-    """Return the adapters that ``NAME=DIR`` pairs name, and those in a folder's subdirectories, named by themselves.
-
-    A subdirectory without an adapter_config.json is not an adapter.
+def collect_adapters(pairs: Iterable[str] = ()) -> dict[str, Path]:
+    """Return the adapters that ``NAME=DIR`` pairs name.
 
     Raises:
-        ServeError: for a pair of another form, a folder without adapters, or a name that comes twice.
+        ServeError: for a pair of another form, or a name that comes twice.
     """
-    found: list[tuple[str, Path]] = []
+    adapters: dict[str, Path] = {}
     for pair in pairs:
         name, _, path = pair.partition("=")
         if not path:
             raise ServeError(f"adapter {pair!r}: expected NAME=DIR")
-        found.append((name, Path(path)))
-    if folder is not None:
-        if not folder.is_dir():
-            raise ServeError(f"{folder}: not a directory of adapters")
-        inside = sorted(config.parent for config in folder.glob(f"*/{CONFIG_NAME}"))
-        if not inside:
-            raise ServeError(f"{folder}: no subdirectory holds an {CONFIG_NAME}")
-        found += [(directory.name, directory) for directory in inside]
-    adapters: dict[str, Path] = {}
-    for name, directory in found:
         if name in adapters:
-            raise ServeError(f"adapter {directory}: the name {name!r} is already used by {adapters[name]}")
-        adapters[name] = directory
+            raise ServeError(f"adapter {path}: the name {name!r} is already used by {adapters[name]}")
+        adapters[name] = Path(path)
     return adapters
+
+
+def _subdirectories(watch: Path | None, adapters: Mapping[str, Path]) -> dict[str, Path]:
+    """The adapters in a watched directory, by their own names; what has no adapter_config.json is none."""
+    if watch is None:
+        return {}
+    if not watch.is_dir():
+        raise ServeError(f"{watch}: not a directory of adapters")
+    found = {config.parent.name: config.parent.resolve() for config in sorted(watch.glob(f"*/{CONFIG_NAME}"))}
+    for name in found.keys() & adapters.keys():
+        raise ServeError(f"adapter {found[name]}: the name {name!r} is already used by {adapters[name]}")
+    return found
 
 
 def _check_names(base: Path, adapters: Mapping[str, Path]) -> None:
@@ -118,20 +152,52 @@ def _check_numbers(config: ServeConfig) -> None:
         raise ServeError(f"port {config.port}: expected 0 to 65535")
     if not 0 <= config.drain_timeout < math.inf:
         raise ServeError(f"drain_timeout {config.drain_timeout}: expected 0 or more seconds")
-    for option in ("max_loras", "max_model_len"):
+    for option in ("max_loras", "max_cpu_loras", "max_model_len"):
         value = getattr(config, option)
         if value is not None and value < 1:
             raise ServeError(f"{option} {value}: expected at least 1")
     if config.max_lora_rank is not None and config.max_lora_rank not in LORA_RANKS:
         raise ServeError(f"max_lora_rank {config.max_lora_rank}: expected one of {', '.join(map(str, LORA_RANKS))}")
-    if not config.adapters and (config.max_loras or config.max_lora_rank):
-        raise ServeError("max_loras and max_lora_rank need at least one adapter")
 
 
-def _slot_rank(adapters: Iterable[Adapter], asked: int | None) -> int:
+def _check_address(config: ServeConfig) -> None:
+    if config.without_keys or is_loopback(config.host):
+        return
+    if config.registry and (config.registry / KEYS_NAME).is_file():
+        with closing(Keys(config.registry)) as keys:
+            if keys.required:
+                return
+    raise ServeError(
+        f"host {config.host}: others could use the server without a key; make one with qpack keys add --registry DIR, "
+        "or let them with --without-keys"
+    )
+
+
+def _registered(registry: Path | None, base: Path) -> dict[str, int]:
+    """The ranks of the versions in a registry, by their ids."""
+    if registry is None or not (registry / DATABASE_NAME).is_file():
+        return {}
+    with Registry.open(registry, base=base) as opened:
+        return {version.id: version.rank for version in opened.versions()}
+
+
+def _checked_ranks(adapters: Mapping[str, Path], checkpoint: Checkpoint, *, force: bool) -> dict[str, int]:
+    """The ranks of adapters, by their names, if all of them fit the base."""
+    ranks = {}
+    for name, path in adapters.items():
+        adapter = Adapter.open(path)
+        adapter.require_plain()
+        changes(adapter, checkpoint, ())
+        ranks[name] = adapter.rank
+    check_base(adapters.values(), checkpoint, force=force)
+    return ranks
+
+
+def _slot_rank(given: Mapping[str, Path], ranks: Mapping[str, int], asked: int | None) -> int:
     """Return the rank of a slot: the one asked for, else the smallest legal one; every adapter must fit in."""
-    largest = max(adapters, key=lambda adapter: adapter.rank)
+    largest = max(ranks, key=ranks.__getitem__, default="")
+    rank = ranks.get(largest, 1)
     limit = asked or LORA_RANKS[-1]
-    if largest.rank > limit:
-        raise ServeError(f"{largest.path}: rank {largest.rank} does not fit in max_lora_rank {limit}")
-    return asked or next(rank for rank in LORA_RANKS if rank >= largest.rank)
+    if rank > limit:
+        raise ServeError(f"{given.get(largest, largest)}: rank {rank} does not fit in max_lora_rank {limit}")
+    return asked or next(one for one in LORA_RANKS if one >= max(rank, _LEAST_RANK))

@@ -5,9 +5,10 @@ which cannot be called whole: it would take the port a second time, and it does 
 """
 
 import json
-import math
 import socket
 from argparse import Namespace
+from contextlib import closing
+from pathlib import Path
 
 import psutil
 import uvloop
@@ -23,12 +24,15 @@ from qpack.errors import ServeError
 from serve.config import ServeConfig
 from serve.control import Parent
 from serve.endpoint import Serving
+from serve.gate.keys import Keys
+from serve.registry import Registry
+from serve.staging import open_stage
 
 _GIB = 1 << 30
 
 
-def run(config: ServeConfig, listener: socket.socket, parent: Parent) -> None:
-    """Load the engine and serve on the bound socket until the parent asks for the end.
+def run(config: ServeConfig, directory: Path, listener: socket.socket, parent: Parent) -> None:
+    """Load the engine and serve the registry in ``directory`` on the bound socket, until the parent asks for the end.
 
     Raises:
         ServeError: if the engine does not load, or dies later.
@@ -36,14 +40,15 @@ def run(config: ServeConfig, listener: socket.socket, parent: Parent) -> None:
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(engine_arguments(config, listener.getsockname()[1]))
-    args.qpack = Serving(config, parent)
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     set_ulimit()
-    try:
-        uvloop.run(_serve(args, listener))
-    except Exception as error:
-        raise ServeError(f"the engine did not start: {' '.join(str(error).split())}") from error
+    with Registry.open(directory) as registry, closing(Keys(directory)) as keys, open_stage() as stage:
+        args.qpack = Serving(config, parent, registry, keys, stage)
+        try:
+            uvloop.run(_serve(args, listener))
+        except Exception as error:
+            raise ServeError(f"the engine did not start: {' '.join(str(error).split())}") from error
     if not parent.draining.is_set():
         raise ServeError("the engine died; what it wrote last, above, says why")
 
@@ -56,8 +61,6 @@ def engine_arguments(config: ServeConfig, port: int) -> list[str]:
         "host": config.host,
         "port": port,
         "max-model-len": config.max_model_len or "auto",
-        "middleware": "serve.routes.AllowedRoutes",
-        "shutdown-timeout": math.ceil(config.drain_timeout),
         "uvicorn-log-level": "info" if config.verbose else "warning",
     }
     flags = [] if config.verbose else ["--disable-uvicorn-access-log", "--no-use-tqdm-on-load"]
@@ -69,13 +72,16 @@ def engine_arguments(config: ServeConfig, port: int) -> list[str]:
         # vLLM's default is nearly all the memory of the machine, and a start is 4 s longer for each GiB.
         # VLLM_CPU_KVCACHE_SPACE (GiB), if set, takes precedence.
         options["kv-cache-memory-bytes"] = min(2 * _GIB, psutil.virtual_memory().available // 4)
-    if config.adapters:
+    if config.max_loras:
         options["max-loras"] = config.max_loras
+        options["max-cpu-loras"] = config.max_cpu_loras
         options["max-lora-rank"] = config.max_lora_rank
-        # An adapter that drops out of memory is read again from disk, and the engine dies if it is gone by then.
-        options["max-cpu-loras"] = max(len(config.adapters), config.max_loras or 1)
-        modules = [json.dumps({"name": name, "path": str(path)}) for name, path in config.adapters.items()]
-        flags += ["--enable-lora", "--lora-modules", *modules]
+        options["worker-extension-cls"] = "serve.engine_adapters.AdapterWorker"
+        flags.append("--enable-lora")
+    if config.limits.max_output_tokens:  # of requests that name no number; the gate sees to those that do
+        options["override-generation-config"] = json.dumps({"max_new_tokens": config.limits.max_output_tokens})
+    # The last one is the outermost.
+    flags += ["--middleware=serve.routes.AllowedRoutes", "--middleware=serve.gate.gate.GateMiddleware"]
     return [*(f"--{name}={value}" for name, value in options.items()), *flags]
 
 

@@ -18,6 +18,7 @@ from importlib import metadata
 
 from qpack.errors import ServeError
 from serve.config import ServeConfig
+from serve.stock import Stock, stocked
 from serve.supervisor import Supervisor
 
 logger = logging.getLogger("qpack.serve")
@@ -34,31 +35,34 @@ def serve(config: ServeConfig) -> None:
     """
     environment = engine_environment(os.environ, verbose=config.verbose)
     _require_plugins()
-    with listen(config.host, config.port) as listener:
+    with listen(config.host, config.port) as listener, stocked(config) as stock:
         os.environ.update(environment)
         logger.info("loading engine for %s", config.base)
-        asyncio.run(_supervise(config, listener))
+        asyncio.run(_supervise(config, stock, listener))
     logger.info("stopped")
 
 
-async def _supervise(config: ServeConfig, listener: socket.socket) -> None:
+async def _supervise(config: ServeConfig, stock: Stock, listener: socket.socket) -> None:
+    following = asyncio.create_task(stock.follow())
     await Supervisor(
         [sys.executable, "-m", "serve.child"],
-        (config, logger.getEffectiveLevel()),
+        (config, stock.registry.directory, logger.getEffectiveLevel()),
         listener,
         drain_timeout=config.drain_timeout,
-        on_ready=lambda: _announce(config, listener),
+        on_ready=lambda: _announce(listener, stock),
     ).run()
+    following.cancel()
 
 
-def _announce(config: ServeConfig, listener: socket.socket) -> None:
+def _announce(listener: socket.socket, stock: Stock) -> None:
     host, port = listener.getsockname()[:2]
+    names = stock.registry.aliases()
     logger.info(
         "ready at http://%s:%d/v1 with %d adapters: %s",
         f"[{host}]" if ":" in host else host,
         port,
-        len(config.adapters),
-        ", ".join(config.adapters) or "none",
+        len(names),
+        ", ".join(names) or "none",
     )
 
 

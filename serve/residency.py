@@ -87,9 +87,9 @@ class Residency:
     def __init__(
         self, engine: Engine, stage: Stage, hold: Callable[[Any], AbstractContextManager[Path]], capacity: int
     ) -> None:
-        self._engine, self._stage, self._hold, self._capacity = engine, stage, hold, capacity
+        self._engine, self._stage, self._hold, self.capacity = engine, stage, hold, capacity
         self._residents: dict[str, _Resident] = {}
-        self._places = 0  # of `_capacity`, taken
+        self._places = 0  # of `capacity`, taken
         self._reading = asyncio.Lock()  # one at a time: each takes time from the engine's steps
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -173,7 +173,7 @@ class Residency:
 
     async def _take_place(self) -> None:
         """Take one of the places in the engine; make one free, or wait until one can be."""
-        while self._places == self._capacity:
+        while self._places == self.capacity:
             idle = [resident for resident in self._residents.values() if resident.idle]
             if idle:
                 await self._let_go(min(idle, key=lambda resident: (resident.version.pinned, resident.used)))

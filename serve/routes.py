@@ -21,6 +21,9 @@ ALLOWED = frozenset(
     }
 )
 
+# All that is below is `serve.admin`'s.
+ADAPTERS = "/v1/adapters"
+
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
@@ -37,12 +40,16 @@ class AllowedRoutes:
         match scope:
             case {"type": "lifespan"}:
                 await self.app(scope, receive, send)
-            case {"type": "http", "method": method, "path": path} if (method, path) in ALLOWED:
+            case {"type": "http", "method": method, "path": path} if (method, path) in ALLOWED or _is_ours(path):
                 await self.app(scope, receive, send)
             case {"type": "http", "method": method, "path": path}:
                 await _not_found(f"{method} {path} is not served here", send)
             case _:
                 await send({"type": "websocket.close", "code": 1008})
+
+
+def _is_ours(path: str) -> bool:
+    return path == ADAPTERS or path.startswith(f"{ADAPTERS}/")
 
 
 async def _not_found(message: str, send: Send) -> None:

@@ -38,6 +38,8 @@ _LAST_PAUSE_SECONDS = 30.0
 _PROGRESS_SECONDS = 10.0
 # For the engine to free its memory, once the last stream has ended.
 _SHUTDOWN_SECONDS = 30.0
+# For its helpers to remove what it has shared with them in memory.
+_CLEANUP_SECONDS = 2.0
 
 
 class Supervisor:
@@ -170,9 +172,17 @@ class Child:
     async def kill(self) -> None:
         """End it, and whatever it has started."""
         with suppress(ProcessLookupError):
+            if self.ended.is_set():  # by itself: what it has started may be cleaning up after it
+                await self._leaves()
             os.killpg(self._process.pid, signal.SIGKILL)
         await self.ended.wait()
         self._control.close()
+
+    async def _leaves(self) -> None:
+        end = time.monotonic() + _CLEANUP_SECONDS
+        while time.monotonic() < end:
+            os.killpg(self._process.pid, 0)
+            await asyncio.sleep(0.05)
 
 
 async def _first(*events: asyncio.Event, timeout: float | None = None) -> bool:

@@ -150,6 +150,8 @@ class Gate:
         try:
             if method == "POST" and path in COMPLETIONS:
                 visit.completion = True
+                if broken := self._broken():
+                    raise broken
                 await self._complete(app, visit)
             else:
                 await app(exchange.scope, exchange.receive, exchange.send)

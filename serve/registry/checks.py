@@ -54,6 +54,8 @@ class Order:
     """Of processor time."""
     memory: int
     """Bytes of address space."""
+    any_base: bool
+    """Whether its record may name another base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ def check(order: Order) -> Checked:
     _require_safetensors(directory)
     adapter = Adapter.open_header(directory)
     adapter.require_plain()
-    _require_record_of(order.fingerprint, adapter)
+    if not order.any_base:
+        _require_record_of(order.fingerprint, adapter)
     base = Checkpoint.open(order.base)
     changes(adapter, base, ())
     _require_linear(adapter, base)

@@ -23,3 +23,5 @@ class Limits:
     """Time to check it, of processor and clock both."""
     memory: int = 2 * _GIB
     """Address space of the process that checks it."""
+    any_base: bool = False
+    """Take it although its record names another base than this one; it must still fit."""

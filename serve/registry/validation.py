@@ -26,7 +26,15 @@ def validate(adapter: Path, base: Path, fingerprint: str, limits: Limits, *, sho
     Raises:
         RegistryError: with the reason; of status 413 if the limits were not enough to tell.
     """
-    order = Order(str(adapter), str(base), fingerprint, limits.max_rank, ceil(limits.seconds), limits.memory)
+    order = Order(
+        adapter=str(adapter),
+        base=str(base),
+        fingerprint=fingerprint,
+        max_rank=limits.max_rank,
+        seconds=ceil(limits.seconds),
+        memory=limits.memory,
+        any_base=limits.any_base,
+    )
     command = [sys.executable, "-P", "-c", "from serve.registry.checks import main; main()"]
     try:
         done = subprocess.run(

@@ -1,32 +1,30 @@
 """The real server, asked over HTTP: its answers against PEFT's token by token, its routes, and its ends."""
 
-import asyncio
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
-import httpx
 import openai
-import psutil
 import pytest
-import torch
-from peft import PeftModel
-from taught import ANSWERS, PROMPTS
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from served import Question, ServerProcess, ask
 
 from serve.routes import ALLOWED
 
 pytestmark = pytest.mark.vllm
 
-MAX_TOKENS = 24
+# Those of `serve.admin`.
+ADAPTER_ROUTES = {
+    ("GET", "/v1/adapters"),
+    ("POST", "/v1/adapters/{name}"),
+    ("POST", "/v1/adapters/{name}/promote"),
+    ("POST", "/v1/adapters/{name}/rollback"),
+    ("POST", "/v1/adapters/{name}/pin"),
+    ("POST", "/v1/adapters/{name}/canary"),
+    ("POST", "/v1/adapters/{name}/shadow"),
+    ("DELETE", "/v1/adapters/{model}"),
+}
 
 # What vLLM 0.32 mounts besides; a name that is new here wants a decision, not just an entry.
 DENIED = {
@@ -77,152 +75,11 @@ UNMOUNTED = {
 }
 
 
-# Loading vLLM takes one to three minutes on two cores.
-START_SECONDS = 400.0
-
-
-class ServerProcess:
-    """``qpack serve`` on a free port; what it writes goes to a file."""
-
-    def __init__(self, log: Path, base: Path, adapters: dict[str, Path], *options: str) -> None:
-        self._log = log
-        command = [sys.executable, "-m", "qpack", "serve", str(base), "--port", "0", *options]
-        for name, path in adapters.items():
-            command += ["--adapter", f"{name}={path}"]
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB: plenty here, and seconds sooner
-        environment.pop("VLLM_LOGGING_LEVEL", None)  # TRL sets it for all of a process that imports it
-        with log.open("wb") as stream:
-            self._process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-
-    @property
-    def output(self) -> str:
-        """All that it has written."""
-        return self._log.read_text(errors="replace")
-
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """Wait for a line that matches; fail if the process ends without it."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            ended = self._process.poll() is not None
-            if match := re.search(pattern, self.output, re.MULTILINE):
-                return match
-            assert not ended, f"the server ended with status {self._process.returncode}:\n{self.output}"
-            time.sleep(0.25)
-        raise AssertionError(f"no line {pattern!r} after {START_SECONDS:.0f} s:\n{self.output}")
-
-    @property
-    def url(self) -> str:
-        """The address, as the server gives it when it is ready."""
-        return self.wait_for(r"^ready at (http://\S+)/v1 ").group(1)
-
-    def status(self, method: str, path: str) -> int:
-        """Send a request with an empty object and return the status of the answer."""
-        headers = {"Content-Type": "application/json"}
-        request = Request(self.url + path, method=method, data=b"{}" if method == "POST" else None, headers=headers)
-        try:
-            with urlopen(request, timeout=60) as answer:
-                return int(answer.status)
-        except HTTPError as error:
-            with error:
-                return error.code
-
-    def kill_engine(self) -> None:
-        """Kill vLLM's engine process."""
-        [engine] = [one for one in psutil.Process(self._process.pid).children(recursive=True) if "Engine" in one.name()]
-        engine.kill()
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal and return the exit status."""
-        self._process.send_signal(number)
-        return self.wait()
-
-    def wait(self) -> int:
-        """Return the exit status; kill the process if it doesn't end within a minute."""
-        try:
-            return self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            raise
-
-    def close(self) -> None:
-        """End the process if it still runs."""
-        if self._process.poll() is None:
-            self.stop()
-
-
-@pytest.fixture(scope="module")
-def server(
-    packed: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    """The base and both adapters, with a slot for each; verbose, so that it lists its routes."""
-    process = ServerProcess(tmp_path_factory.mktemp("server") / "log", packed, adapters, "--verbose")
-    yield process
-    process.close()
-
-
-Question = tuple[str, str]
-"""A model and a prompt."""
-
-
-@pytest.fixture(scope="module")
-def expected(packed: Path, adapters: dict[str, Path]) -> dict[Question, list[int]]:
-    """The greedy tokens of the base and of each adapter in PEFT; neighbours are of different models."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(packed)
-    model: Any = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16), str(adapters["alpha"]), adapter_name="alpha"
-    )
-    model.load_adapter(str(adapters["beta"]), adapter_name="beta")
-    model.eval()
-
-    def generate(prompt: str) -> list[int]:
-        chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        output = model.generate(**ids, do_sample=False, max_new_tokens=MAX_TOKENS)
-        tokens: list[int] = output[0, ids["input_ids"].shape[1] :].tolist()
-        return tokens
-
-    answers = {}
-    for prompt in PROMPTS:
-        with model.disable_adapter():
-            answers[packed.name, prompt] = generate(prompt)
-        for name in adapters:
-            model.set_adapter(name)
-            answers[name, prompt] = generate(prompt)
-    taught = {
-        (name, prompt): f"{answer}<|im_end|>"
-        for name, texts in ANSWERS.items()
-        for prompt, answer in zip(PROMPTS, texts, strict=True)
-    }
-    assert {question: tokenizer.decode(tokens) for question, tokens in answers.items()} == taught
-    return answers
-
-
-def ask(server: ServerProcess, questions: Sequence[Question]) -> list[list[int]]:
-    """Ask all questions at the same time and return the tokens of the answers."""
-
-    async def ask_all() -> list[list[int]]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            answers = await asyncio.gather(
-                *(
-                    client.chat.completions.create(
-                        model=model,
-                        messages=[{"role": "user", "content": prompt}],
-                        max_tokens=MAX_TOKENS,
-                        temperature=0,
-                        extra_body={"return_token_ids": True},
-                    )
-                    for model, prompt in questions
-                )
-            )
-        return [answer.choices[0].token_ids for answer in answers]  # type: ignore[attr-defined]  # vLLM's extra field
-
-    return asyncio.run(ask_all())
-
-
 def test_models_are_the_base_and_the_adapters(server: ServerProcess) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        assert [model.id for model in client.models.list()] == ["packed", "alpha", "beta"]
+        models = [model.id for model in client.models.list()]
+    assert models[:3] == ["packed", "alpha", "beta"]
+    assert [model.partition("@")[0] for model in models[3:5]] == ["alpha", "beta"]
 
 
 def test_unknown_models_are_not_found(server: ServerProcess, adapters: dict[str, Path]) -> None:
@@ -256,7 +113,7 @@ def test_answers_in_one_batch_are_pefts(server: ServerProcess, expected: dict[Qu
 def test_the_routes_are_known(server: ServerProcess) -> None:
     listed = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", server.output)
     mounted = {(method, path) for path, methods in listed for method in methods.split(", ")}
-    assert mounted == ALLOWED | DENIED
+    assert mounted == ALLOWED | ADAPTER_ROUTES | DENIED
 
 
 def test_denied_routes_are_not_found(server: ServerProcess) -> None:
@@ -269,17 +126,12 @@ def test_routes_for_watching_answer(server: ServerProcess) -> None:
         assert server.status("GET", path) == 200, path
 
 
-def test_a_signal_ends_the_server_cleanly(server: ServerProcess) -> None:
-    assert server.stop(signal.SIGTERM) == 0
-    assert "stopped" in server.output.splitlines()
-
-
 @pytest.fixture(scope="module")
 def crowded(
     packed: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     """Two adapters that share one slot, and the log as a user sees it."""
-    process = ServerProcess(tmp_path_factory.mktemp("crowded") / "log", packed, adapters, "--max-loras", "1")
+    process = ServerProcess(tmp_path_factory.mktemp("crowded"), packed, adapters, "--max-loras", "1")
     yield process
     process.close()
 
@@ -292,27 +144,42 @@ def test_answers_are_pefts_while_adapters_take_turns(
 
 
 def test_a_start_is_quiet_but_not_silent(crowded: ServerProcess) -> None:
-    lines = crowded.output.splitlines()
+    lines = [line for line in crowded.output.splitlines() if not line.startswith("{")]  # one of JSON for each request
     assert re.fullmatch(r"ready at http://127\.0\.0\.1:\d+/v1 with 2 adapters: alpha, beta", lines[-1])
     assert any(re.fullmatch(r"loading engine \.\.\. \d+ s", line) for line in lines)
     assert not re.search(r" (INFO|WARNING|ERROR) ", crowded.output)
 
 
 def test_a_dead_engine_is_replaced(crowded: ServerProcess, expected: dict[Question, list[int]]) -> None:
-    """Killed in the middle of a stream: that breaks, whoever asks next is told to wait, and then all is as before."""
+    """Killed in the middle of a stream: that ends in an error, whoever asks next is told to wait, then all is well."""
     with openai.OpenAI(base_url=f"{crowded.url}/v1", api_key="none", max_retries=0) as client:
         stream = client.completions.create(
-            model="alpha", prompt="hello", max_tokens=120, stream=True, extra_body={"ignore_eos": True}
+            model="alpha", prompt="hello", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(stream))
         crowded.kill_engine()
-        with pytest.raises((openai.APIError, httpx.RemoteProtocolError)):
-            assert sum(1 for _ in stream) >= 119
-            raise AssertionError("the stream came to its end")
-    crowded.wait_for(r"^the engine died; .* starting it again in 1 s$")
+        with pytest.raises(openai.APIError, match="the engine died and is being restarted"):
+            assert sum(1 for _ in stream) > 400
     while crowded.status("GET", "/health") != 503:
         time.sleep(0.05)
     assert crowded.status("POST", "/v1/completions") == 503
+    crowded.wait_for(r"^the engine died; .* starting it again in 1 s$")
     crowded.wait_for(r"(?s)^ready .*^ready ")
     assert ask(crowded, [*expected]) == [*expected.values()]
-    assert crowded.stop(signal.SIGTERM) == 0
+
+
+def test_a_drain_finishes_what_has_begun(crowded: ServerProcess) -> None:
+    with openai.OpenAI(base_url=f"{crowded.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(
+            model="beta", prompt="hello", max_tokens=480, n=4, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        crowded.send(signal.SIGTERM)
+        while crowded.status("GET", "/health") != 503:
+            time.sleep(0.01)
+        with pytest.raises(openai.InternalServerError, match="the server is shutting down") as refused:
+            client.completions.create(model="alpha", prompt="hello")
+        assert refused.value.status_code == 503
+        assert sum(len(chunk.choices) for chunk in stream) >= 4 * 480 - 1
+    assert crowded.wait() == 0
+    assert "stopped" in crowded.output.splitlines()

@@ -1,24 +1,56 @@
 """What is refused before the engine is loaded, and that nothing heavy is imported for it."""
 
+import pickle
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from qpack.errors import AdapterError, CheckpointError, ServeError
+from qpack.errors import AdapterError, CheckpointError, QpackError, ServeError
 from serve import ServeConfig, collect_adapters
 from serve.config import LORA_RANKS
+from serve.gate.keys import Keys
 from serve.launch import engine_environment, listen
+from serve.registry import Registry
 
 
-def test_defaults_hold_every_adapter(packed: Path, adapters: dict[str, Path]) -> None:
+def test_defaults_hold_every_adapter_and_some_more(packed: Path, adapters: dict[str, Path]) -> None:
     config = ServeConfig(packed, adapters)
-    assert (config.name, config.max_loras, config.max_lora_rank) == ("packed", 2, 8)
+    assert (config.name, config.max_loras, config.max_cpu_loras, config.max_lora_rank) == ("packed", 4, 16, 16)
+    many = ServeConfig(packed, {f"{name}-{copy}": path for name, path in adapters.items() for copy in range(9)})
+    assert (many.max_loras, many.max_cpu_loras) == (16, 18)
+
+
+def test_a_registry_brings_its_own(packed: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    config = ServeConfig(packed, registry=tmp_path / "new")
+    assert (config.max_loras, config.max_lora_rank) == (4, 16)
+    assert not (tmp_path / "new").exists()
+    with Registry.open(tmp_path / "old", base=packed) as registry:
+        registry.add("alpha", adapters["alpha"], by="a test")
+    with pytest.raises(ServeError, match=r"alpha@[0-9a-f]{12}: rank 8 does not fit in max_lora_rank 1"):
+        ServeConfig(packed, registry=tmp_path / "old", max_lora_rank=1)
+
+
+def test_a_config_reaches_another_process_whole(packed: Path, adapters: dict[str, Path]) -> None:
+    config = ServeConfig(packed, adapters)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_other_machines_need_keys(packed: Path, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    with pytest.raises(ServeError, match=r"host 0\.0\.0\.0: others could use the server without a key"):
+        ServeConfig(packed, host="0.0.0.0", registry=registry)
+    ServeConfig(packed, host="0.0.0.0", without_keys=True)
+    registry.mkdir()
+    with closing(Keys(registry)) as keys:
+        keys.add("someone")
+    ServeConfig(packed, host="0.0.0.0", registry=registry)
 
 
 def test_a_base_needs_no_adapters(packed: Path) -> None:
@@ -68,6 +100,8 @@ def test_an_adapter_of_another_base_is_refused(packed: Path, adapters: dict[str,
         ({"port": 65536}, "port 65536: expected 0 to 65535"),
         ({"max_loras": 0}, "max_loras 0: expected at least 1"),
         ({"max_model_len": 0}, "max_model_len 0: expected at least 1"),
+        ({"max_cpu_loras": 3}, "max_cpu_loras 3: expected at least max_loras, 4"),
+        ({"drain_timeout": -1}, "drain_timeout -1: expected 0 or more seconds"),
         ({"max_lora_rank": 4}, "max_lora_rank 4: expected one of 1, 8, 16"),
         ({"max_lora_rank": 1}, "rank 8 does not fit in max_lora_rank 1"),
     ],
@@ -81,18 +115,22 @@ def test_bad_numbers_are_refused(
 
 @pytest.mark.parametrize("option", ["max_loras", "max_lora_rank"])
 def test_slots_without_adapters_are_refused(packed: Path, option: str) -> None:
-    with pytest.raises(ServeError, match="need at least one adapter"):
+    with pytest.raises(ServeError, match="need an adapter, or a registry"):
         ServeConfig(packed, **{option: 8})  # type: ignore[arg-type]
 
 
-def test_pairs_and_folders_are_collected(adapters: dict[str, Path], tmp_path: Path) -> None:
-    folder = adapters["alpha"].parent
+def test_a_watched_directory_counts(packed: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    assert ServeConfig(packed, watch=tmp_path).max_loras == 4  # empty yet
     (tmp_path / "not-an-adapter").mkdir()
     shutil.copytree(adapters["alpha"], tmp_path / "gamma")
-    assert collect_adapters([f"one={folder / 'alpha'}"], tmp_path) == {
-        "one": folder / "alpha",
-        "gamma": tmp_path / "gamma",
-    }
+    assert ServeConfig(packed, adapters, watch=tmp_path).max_lora_rank == 16
+    with pytest.raises(ServeError, match=r"gamma: the name 'gamma' is already used by .*beta"):
+        ServeConfig(packed, {"gamma": adapters["beta"]}, watch=tmp_path)
+    with pytest.raises(ServeError, match="missing: not a directory of adapters"):
+        ServeConfig(packed, watch=tmp_path / "missing")
+    (tmp_path / "gamma" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(QpackError, match="gamma"):
+        ServeConfig(packed, watch=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +144,6 @@ def test_pairs_and_folders_are_collected(adapters: dict[str, Path], tmp_path: Pa
 def test_bad_pairs_are_refused(pairs: list[str], message: str) -> None:
     with pytest.raises(ServeError, match=message):
         collect_adapters(pairs)
-
-
-def test_bad_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ServeError, match="no subdirectory holds an adapter_config"):
-        collect_adapters(folder=tmp_path)
-    with pytest.raises(ServeError, match="not a directory of adapters"):
-        collect_adapters(folder=tmp_path / "missing")
 
 
 def test_a_port_is_taken_from_the_start() -> None:
@@ -160,7 +191,7 @@ for attempt in (
     lambda: ServeConfig(packed, {"a b": adapter}),
     lambda: collect_adapters(["alpha"]),
     lambda: serve(ServeConfig(packed, {"alpha": adapter}, port=port)),
-    lambda: serve(ServeConfig(packed, host="256.0.0.1")),
+    lambda: serve(ServeConfig(packed, host="256.0.0.1", without_keys=True)),
 ):
     try:
         attempt()

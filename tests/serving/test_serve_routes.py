@@ -31,6 +31,11 @@ def test_allowed(method: str, path: str) -> None:
     assert _ask({"type": "http", "method": method, "path": path}) == [{"type": "reached"}]
 
 
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/adapters/support", "/v1/adapters/support/promote"])
+def test_all_below_adapters_is_ours(path: str) -> None:
+    assert _ask({"type": "http", "method": "POST", "path": path}) == [{"type": "reached"}]
+
+
 def test_lifespan_reaches_the_application() -> None:
     assert _ask({"type": "lifespan"}) == [{"type": "reached"}]
 
@@ -40,6 +45,7 @@ def test_lifespan_reaches_the_application() -> None:
     [
         ("POST", "/v1/load_lora_adapter"),
         ("POST", "/adapters"),
+        ("POST", "/v1/adapters-of-others"),
         ("POST", "/invocations"),
         ("POST", "/v1/models"),
         ("GET", "/v1/models/"),

@@ -1,0 +1,180 @@
+"""The routes by which adapters are managed while they are served. The gate opens them to admins only.
+
+=======  ==================================  =========================================================
+GET      ``/v1/adapters``                    names and versions, and which of them the engine holds
+POST     ``/v1/adapters/NAME``               upload the files of a version, as multipart; checked first
+POST     ``/v1/adapters/NAME/promote``       ``{"version": DIGEST}``: let the name point at it
+POST     ``/v1/adapters/NAME/rollback``      let it point at what it pointed at before
+POST     ``/v1/adapters/NAME/pin``           ``{"version": DIGEST, "pinned": true}``: keep it in the engine
+POST     ``/v1/adapters/NAME/canary``        ``{"percents": {DIGEST: 5}}``: share the name; ``{}`` ends it
+POST     ``/v1/adapters/NAME/shadow``        ``{"version": DIGEST}``: copy requests to it; null ends it
+DELETE   ``/v1/adapters/MODEL``              a name with its versions, or ``NAME@DIGEST``
+=======  ==================================  =========================================================
+
+No route takes a path: what is served was uploaded, or is in a directory that the server was started with. Every change
+is the registry's, and is seen by the next request.
+"""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+
+from serve.registry import Alias, Registry, RegistryError, Version
+from serve.routes import ADAPTERS
+
+# More than an adapter has, and for the borders between the parts.
+_FILES = 8
+_SLACK_BYTES = 1 << 16
+
+router = APIRouter(prefix=ADAPTERS)
+
+
+class Chosen(BaseModel):
+    """A version of a name, by its digest or the beginning of it."""
+
+    version: str
+
+
+class Pinned(BaseModel):
+    """Whether a version stays in the engine."""
+
+    version: str
+    pinned: bool = True
+
+
+class Percents(BaseModel):
+    """What share of its users each version of a name answers, by digest."""
+
+    percents: dict[str, float] = {}
+
+
+class Shadow(BaseModel):
+    """The version that gets copies."""
+
+    version: str | None
+
+
+@router.get("")
+async def list_adapters(request: Request) -> JSONResponse:
+    """Names, versions, and which of them the engine holds."""
+    running = request.app.state.qpack
+    registry: Registry = running.registry
+    resident = set(running.residency.resident)
+    versions = [_version(version) | {"resident": version.id in resident} for version in registry.versions()]
+    return JSONResponse({"aliases": [_alias(alias) for alias in registry.aliases().values()], "versions": versions})
+
+
+@router.post("/{name}")
+async def upload(name: str, request: Request, promote: bool = True) -> JSONResponse:
+    """Check the uploaded files and serve them, under ``name`` too unless ``promote`` is false."""
+    registry: Registry = request.app.state.qpack.registry
+    if not request.app.state.qpack.takes_adapters:
+        return _refused("this server was started without room for adapters: start it with --registry DIR", 409)
+    length = request.headers.get("content-length", "")
+    if not length.isdigit():
+        return _refused("the length of an upload must be said: Content-Length", 411)
+    if int(length) > registry.limits.max_bytes + _SLACK_BYTES:
+        return _refused(f"an adapter may have {registry.limits.max_bytes} bytes, not {length}", 413)
+    async with request.form(max_files=_FILES, max_fields=0) as form:
+        files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+
+        def add() -> Version:
+            with tempfile.TemporaryDirectory(prefix="qpack-upload-") as directory:
+                for file in files:
+                    _save(file, Path(directory))
+                try:
+                    return registry.add(name, Path(directory), by="the API", promote=promote)
+                except RegistryError as error:  # the client knows its files by their names
+                    raise RegistryError(
+                        str(error).replace(f"{directory}/", "").replace(directory, name), error.status
+                    ) from error
+
+        return await _answer(lambda: _version(add()), 201)
+
+
+@router.post("/{name}/promote")
+async def promote(name: str, chosen: Chosen, request: Request) -> JSONResponse:
+    """Let the name point at a version."""
+    registry: Registry = request.app.state.qpack.registry
+    return await _answer(lambda: _alias(registry.promote(name, chosen.version, by="the API")))
+
+
+@router.post("/{name}/rollback")
+async def rollback(name: str, request: Request) -> JSONResponse:
+    """Let the name point at what it pointed at before."""
+    registry: Registry = request.app.state.qpack.registry
+    return await _answer(lambda: _alias(registry.rollback(name)))
+
+
+@router.post("/{name}/pin")
+async def pin(name: str, pinned: Pinned, request: Request) -> JSONResponse:
+    """Keep a version in the engine, or no longer."""
+    registry: Registry = request.app.state.qpack.registry
+    return await _answer(lambda: _version(registry.pin(name, pinned.version, pinned.pinned)))
+
+
+@router.post("/{name}/canary")
+async def canary(name: str, shares: Percents, request: Request) -> JSONResponse:
+    """Share the name between versions."""
+    registry: Registry = request.app.state.qpack.registry
+    return await _answer(lambda: _alias(registry.canary(name, shares.percents)))
+
+
+@router.post("/{name}/shadow")
+async def shadow(name: str, chosen: Shadow, request: Request) -> JSONResponse:
+    """Copy the name's requests to a version."""
+    registry: Registry = request.app.state.qpack.registry
+    return await _answer(lambda: _alias(registry.shadow(name, chosen.version)))
+
+
+@router.delete("/{model}")
+async def remove(model: str, request: Request) -> JSONResponse:
+    """Take a name or a version out; requests that run on it end on it."""
+    registry: Registry = request.app.state.qpack.registry
+    return await _answer(lambda: {"removed": [version.id for version in registry.remove(model)]})
+
+
+async def _answer(work: Callable[[], dict[str, Any]], status: int = 200) -> JSONResponse:
+    """Do the work in a thread, for it waits for disks, and return what it returns or why it is refused."""
+    try:
+        return JSONResponse(await asyncio.to_thread(work), status)
+    except RegistryError as error:
+        return _refused(str(error), error.status)
+
+
+def _refused(message: str, status: int) -> JSONResponse:
+    kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+def _save(file: UploadFile, directory: Path) -> None:
+    name = file.filename or ""
+    if Path(name).name != name or name.startswith("."):
+        raise RegistryError(f"the file name {name!r} is not a plain one", 400)
+    with (directory / name).open("xb") as target:
+        shutil.copyfileobj(file.file, target)
+
+
+def _version(version: Version) -> dict[str, Any]:
+    return {"id": version.id} | {key: value for key, value in asdict(version).items() if key != "path"}
+
+
+def _alias(alias: Alias) -> dict[str, Any]:
+    return {
+        "name": alias.name,
+        "live": alias.live.id,
+        "since": alias.since,
+        "by": alias.by,
+        "canaries": {version.id: percent for version, percent in alias.canaries.items()},
+        "shadow": alias.shadow and alias.shadow.id,
+    }

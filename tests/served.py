@@ -1,0 +1,121 @@
+"""``qpack serve`` in a process of its own, and questions to it."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import openai
+import psutil
+
+MAX_TOKENS = 24
+
+Question = tuple[str, str]
+"""A model and a prompt."""
+
+# Loading vLLM takes one to three minutes on two cores.
+START_SECONDS = 400.0
+
+
+class ServerProcess:
+    """``qpack serve`` on a free port; what it writes goes to a file in its folder."""
+
+    def __init__(self, folder: Path, base: Path, adapters: dict[str, Path], *options: str) -> None:
+        self.folder = folder
+        self._log = folder / "log"
+        command = [sys.executable, "-m", "qpack", "serve", str(base), "--port", "0", *options]
+        for name, path in adapters.items():
+            command += ["--adapter", f"{name}={path}"]
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB: plenty here, and seconds sooner
+        environment.pop("VLLM_LOGGING_LEVEL", None)  # TRL sets it for all of a process that imports it
+        with self._log.open("wb") as stream:
+            self._process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+
+    @property
+    def output(self) -> str:
+        """All that it has written."""
+        return self._log.read_text(errors="replace")
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Wait for a line that matches; fail if the process ends without it."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            ended = self._process.poll() is not None
+            if match := re.search(pattern, self.output, re.MULTILINE):
+                return match
+            assert not ended, f"the server ended with status {self._process.returncode}:\n{self.output}"
+            time.sleep(0.25)
+        raise AssertionError(f"no line {pattern!r} after {START_SECONDS:.0f} s:\n{self.output}")
+
+    @property
+    def url(self) -> str:
+        """The address, as the server gives it when it is ready."""
+        return self.wait_for(r"^ready at (http://\S+)/v1 ").group(1)
+
+    def status(self, method: str, path: str) -> int:
+        """Send a request with an empty object and return the status of the answer."""
+        headers = {"Content-Type": "application/json"}
+        request = Request(self.url + path, method=method, data=b"{}" if method == "POST" else None, headers=headers)
+        try:
+            with urlopen(request, timeout=60) as answer:
+                return int(answer.status)
+        except HTTPError as error:
+            with error:
+                return error.code
+
+    def kill_engine(self) -> None:
+        """Kill vLLM's engine process."""
+        [engine] = [one for one in psutil.Process(self._process.pid).children(recursive=True) if "Engine" in one.name()]
+        engine.kill()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self._process.send_signal(number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        self.send(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Return the exit status; kill the process if it doesn't end within a minute."""
+        try:
+            return self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        if self._process.poll() is None:
+            self.stop()
+
+
+def ask(server: ServerProcess, questions: Sequence[Question]) -> list[list[int]]:
+    """Ask all questions at the same time and return the tokens of the answers."""
+
+    async def ask_all() -> list[list[int]]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            answers = await asyncio.gather(
+                *(
+                    client.chat.completions.create(
+                        model=model,
+                        messages=[{"role": "user", "content": prompt}],
+                        max_tokens=MAX_TOKENS,
+                        temperature=0,
+                        extra_body={"return_token_ids": True},
+                    )
+                    for model, prompt in questions
+                )
+            )
+        return [answer.choices[0].token_ids for answer in answers]  # type: ignore[attr-defined]  # vLLM's extra field
+
+    return asyncio.run(ask_all())
