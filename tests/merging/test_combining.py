@@ -106,7 +106,7 @@ def test_the_combined_adapter_is_one_like_any_other(
     (one, _), (two, _) = pair
     done = run("merge", packed, f"{one}:0.75", f"{two}:-2", tmp_path / "all", "--to", "adapter")
     assert done.stdout.startswith(f"{tmp_path / 'all'}: rank 8, 4 weights, ")
-    assert ServeConfig(packed, {"all": tmp_path / "all"}).max_lora_rank == 8
+    assert ServeConfig(packed, {"all": tmp_path / "all"}).max_lora_rank == 16  # the least that is set aside
 
     record = Record.find(tmp_path / "all")
     assert record is not None

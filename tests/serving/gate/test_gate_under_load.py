@@ -198,9 +198,14 @@ def test_a_stream_of_an_engine_that_dies_ends_with_a_clear_error(running: Site) 
             for part in client.completions.create(model="support", prompt="a die-later b c", stream=True):
                 heard += part.choices[0].text
     assert heard == "support@000000000000 says "
-    text = running.ask("die-later b c", stream=True).text
-    assert text.count("error") == 1
-    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_nobody_is_heard_once_the_engine_is_dead(running: Site) -> None:
+    *_, error, done, end = running.ask("die-later b c", stream=True).text.split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
+    assert (done, end) == ("data: [DONE]", "")
+    with running.client() as http:
+        assert http.post("/v1/completions", content=b"not even JSON").status_code == 503
 
 
 def test_a_stream_that_breaks_off_says_so(running: Site) -> None:
