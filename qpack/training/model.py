@@ -101,10 +101,7 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
 
 def _require_match(setting: str, given: str, pattern: str, modules: Sequence[str], *, whole: bool = False) -> None:
     """Refuse what matches none of ``modules``, by its end or its ``whole`` name: PEFT's rules."""
-    try:
-        matcher = re.compile(pattern if whole else rf"(.*\.)?({pattern})")
-    except re.error as error:
-        raise TrainingError(f"{setting}: '{given}' is not a regular expression: {error}") from None
+    matcher = re.compile(pattern if whole else rf"(.*\.)?({pattern})")
     if not any(map(matcher.fullmatch, modules)):
         ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
         raise TrainingError(f"{setting}: '{given}' matches no linear layer; they end in {ends}, such as {modules[0]}")

@@ -282,6 +282,7 @@ def _directory(name: str, value: Any) -> None:
 def _targets(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         raise DataError(f"{name}: expected all-linear, names or a regular expression, found {value!r}")
+    _require_regex(name, value)
 
 
 def _names(name: str, value: Any) -> None:
@@ -294,10 +295,14 @@ def _pattern(name: str, value: Any) -> None:
         raise DataError(f"{name}: expected regular expressions with a number each, found {value!r}")
     for pattern, number in value.items():
         _COUNT(f"{name}[{pattern!r}]", number)
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise DataError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+        _require_regex(name, pattern)
+
+
+def _require_regex(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise DataError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
 
 
 _COUNT = _integer(minimum=1)

@@ -37,6 +37,7 @@ from qpack.training import TrainSettings, load_settings
         ("target_modules", [], "target_modules: expected all-linear, names or a regular expression, found ''"),
         ("loraplus_lr_ratio", 0.5, "loraplus_lr_ratio: expected at least 1, found 0.5"),
         ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj']: expected at least 1, found 0"),
+        ("target_modules", "(", "target_modules: '(' is not a regular expression: "),
         ("alpha_pattern", {"(": 1}, "alpha_pattern: '(' is not a regular expression: "),
         ("alpha_pattern", 8, "alpha_pattern: expected regular expressions with a number each, found 8"),
         ("packing", 1, "packing: expected true or false, found 1"),
