@@ -31,6 +31,7 @@ __all__ = [
     "compare_packed",
     "decode_fp8",
     "decode_mxfp4",
+    "dequantize_nested_into",
     "dequantize_nf4",
     "dequantize_nf4_into",
     "digest_tensors",
@@ -340,6 +341,13 @@ def merge_nf4_into(
 
 def quantize_nested(absmax: bytes, offset: float | None = None) -> tuple[bytes, bytes, float]:
     """Codes, second-level absmax (f32) and offset of block scales (f32); the offset defaults to their mean."""
+
+def dequantize_nested_into(codes: _Buffer, absmax: _Buffer, quant_map: _Buffer, offset: float, scales: _Buffer) -> None:
+    """The block scales (f32) that nested codes stand for, into ``scales``: ``quant_map[code] * absmax + offset``.
+
+    ``codes`` is bytes, one a scale; ``absmax`` (f32) one per 256 of them; ``quant_map`` the 256 levels (f32).
+    Refusals are those of `quantize_nf4_into`.
+    """
 
 def nested_quant_map() -> bytes:
     """The 256 levels (f32) that block scales are quantized to."""

@@ -108,7 +108,7 @@ def survey(
     from qpack.quiet import quiet_libraries
 
     with quiet_libraries():
-        from qpack.training.model import load_tokenizer
+        from qpack.loading.tokenizer import load_tokenizer
 
         base = Path(base)
         tokenizer = load_tokenizer(base)

@@ -53,6 +53,7 @@ from qpack.training.log_probs import give_loss
 from qpack.training.loraplus import raise_rate_of_b
 from qpack.training.memory import peak_memory
 from qpack.training.model import require_float32_adapter
+from qpack.training.packed_linear import decoded_in_rust
 from qpack.training.paging import page_again
 from qpack.training.report import BatchHalved, EvalLog, Event, Listener, Rewards, RunBegin, StepLog
 from qpack.training.settings import TrainSettings, checkpointing
@@ -126,7 +127,8 @@ def fit(
             for callback in trackers(settings.report_to, directory.parent, done.global_step):
                 trainer.add_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            with decoded_in_rust(model):
+                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         except Exception as error:
             if not _out_of_memory(error):
                 raise

@@ -12,27 +12,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from qpack.errors import CheckpointError, TrainingError
+from qpack.errors import TrainingError
 from qpack.loading.experts import holds_fused_experts
 from qpack.loading.model import load, load_plain
 from qpack.training.compute import Compute
 from qpack.training.settings import TrainSettings, names_in
 from qpack.training.whole_modules import find_whole_modules, make_float32, stays_tied
-
-
-def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base directory.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{base}: no tokenizer that can be loaded: {_one_line(error)}") from error
-    return tokenizer
 
 
 def load_base(base: Path, compute: Compute, *, plain: bool = False, sharded: bool = False) -> PreTrainedModel:

@@ -129,12 +129,13 @@ def _train(
             from transformers import set_seed
 
             from qpack.loading.adapters import save_adapter
+            from qpack.loading.tokenizer import load_tokenizer
             from qpack.reports.training import REPORT_NAME, Run, page
             from qpack.training.compute import choose_compute
             from qpack.training.from_error import begin_from_error
             from qpack.training.loop import fit, optimizer_for
             from qpack.training.memory import peak_memory
-            from qpack.training.model import add_lora, load_base, load_tokenizer
+            from qpack.training.model import add_lora, load_base
             from qpack.training.samples import draw_samples
 
             tokenizer = load_tokenizer(base)

@@ -193,6 +193,25 @@ def test_buffers_of_the_caller_s_take_the_same_bytes(dtype: str) -> None:
     _core.quantize_nf4_into(b"", dtype, 64, bytearray(), np.empty(0, np.float32))
 
 
+def test_nested_scales_in_buffers_of_the_caller_s() -> None:
+    absmax = torch.rand(700, generator=torch.Generator().manual_seed(0)) + 0.5
+    blob, outer, offset = _core.quantize_nested(to_bytes(absmax))
+    codes, quant_map = np.frombuffer(blob, np.uint8), np.frombuffer(_core.nested_quant_map(), np.float32)
+    outer_scales, levels = (torch.from_numpy(np.copy(part)) for part in (np.frombuffer(outer, np.float32), quant_map))
+    state = bnb.QuantState(outer_scales, code=levels, blocksize=256, dtype=torch.float32)
+    expected = bnb.dequantize_blockwise(torch.from_numpy(codes.copy()), state) + offset
+    scales = np.empty(700, np.float32)
+    arguments = (codes, np.frombuffer(outer, np.float32), quant_map)
+    _core.dequantize_nested_into(*arguments, offset, scales)
+    assert scales.tobytes() == to_bytes(expected)
+    with pytest.raises(ValueError, match="scales has 699 items, expected 700"):
+        _core.dequantize_nested_into(*arguments, offset, scales[1:])
+    with pytest.raises(ValueError, match="quant_map has 255 items, expected 256"):
+        _core.dequantize_nested_into(codes, arguments[1], quant_map[1:], offset, scales)
+    with pytest.raises(ValueError, match="2 second-level scales do not belong to 700 scales"):
+        _core.dequantize_nested_into(codes, arguments[1][1:], quant_map, offset, scales)
+
+
 def test_buffers_that_do_not_fit_are_refused() -> None:
     weights, codes, absmax = np.ones(256, np.uint8), np.empty(64, np.uint8), np.empty(2, np.float32)
     with pytest.raises(ValueError, match="codes has 63 items, expected 64"):

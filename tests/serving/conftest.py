@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpack
 from qpack.data import DataOptions, encode, read
+from qpack.loading.tokenizer import load_tokenizer
 from qpack.training import TrainSettings
 from qpack.training.batches import collate, cut
-from qpack.training.model import load_tokenizer
 
 
 def write_chats(path: Path, model: str) -> Path:

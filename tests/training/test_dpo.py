@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qpack.data import IGNORED, Example, Preference
 from qpack.errors import DataError, TrainingError
+from qpack.loading.tokenizer import load_tokenizer
 from qpack.training import Event, StepLog, TrainSettings, log_probs, train
 from qpack.training.compute import Compute
 from qpack.training.dpo import collate_pairs, preference_losses, rewards
 from qpack.training.log_probs import give_log_probs, whole_log_probs
-from qpack.training.model import add_lora, load_base, load_tokenizer
+from qpack.training.model import add_lora, load_base
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA kernels sum in no fixed order")
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from qpack.data import DataOptions, encode, read
 from qpack.errors import DataError
 from qpack.loading.model import load
+from qpack.loading.tokenizer import load_tokenizer
 from qpack.training import EvalLog, Event, StepLog, TrainReport, TrainSettings, train
 from qpack.training.batches import collate
 from qpack.training.compute import Compute
-from qpack.training.model import load_tokenizer
 
 FLOAT32 = Compute("cpu", torch.float32)
 SETTINGS = TrainSettings(r=4, lora_dropout=0.1, lr=3e-3, batch_size=3, max_steps=8, eval_steps=3, samples=0)

@@ -104,8 +104,18 @@ pub fn quantize(absmax: &[f32], offset: f32) -> Nested {
 /// # Panics
 /// If `nested_absmax` has the wrong length.
 pub fn dequantize(codes: &[u8], nested_absmax: &[f32], quant_map: &[f32; 256], offset: f32) -> Vec<f32> {
-    assert_eq!(nested_absmax.len(), codes.len().div_ceil(BLOCKSIZE), "wrong number of second-level scales");
     let mut absmax = vec![0.0; codes.len()];
+    dequantize_into(codes, nested_absmax, quant_map, offset, &mut absmax);
+    absmax
+}
+
+/// The same into `absmax`.
+///
+/// # Panics
+/// If `nested_absmax` or `absmax` has the wrong length.
+pub fn dequantize_into(codes: &[u8], nested_absmax: &[f32], quant_map: &[f32; 256], offset: f32, absmax: &mut [f32]) {
+    assert_eq!(nested_absmax.len(), codes.len().div_ceil(BLOCKSIZE), "wrong number of second-level scales");
+    assert_eq!(absmax.len(), codes.len(), "wrong number of scales");
     vectorized(
         #[inline(always)]
         || {
@@ -117,7 +127,6 @@ pub fn dequantize(codes: &[u8], nested_absmax: &[f32], quant_map: &[f32; 256], o
             }
         },
     );
-    absmax
 }
 
 /// The cell of `TABLE` that a scaled value falls into.

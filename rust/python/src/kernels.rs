@@ -267,6 +267,33 @@ pub fn quantize_nested<'py>(
 }
 
 #[pyfunction]
+pub fn dequantize_nested_into(
+    py: Python<'_>,
+    codes: PyBuffer<u8>,
+    absmax: PyBuffer<f32>,
+    quant_map: PyBuffer<f32>,
+    offset: f32,
+    mut scales: PyBuffer<f32>,
+) -> PyResult<()> {
+    let inputs = [("codes", place(&codes)), ("absmax", place(&absmax)), ("quant_map", place(&quant_map))];
+    for input in inputs {
+        check_apart(&[("scales", place(&scales)), input])?;
+    }
+    let (codes, absmax) = (contents("codes", &codes)?, contents("absmax", &absmax)?);
+    let levels = contents("quant_map", &quant_map)?;
+    let levels = levels
+        .try_into()
+        .map_err(|_| PyValueError::new_err(format!("quant_map has {} items, expected 256", levels.len())))?;
+    if absmax.len() as u64 != nested::blocks(codes.len() as u64) {
+        let reason = format!("{} second-level scales do not belong to {} scales", absmax.len(), codes.len());
+        return Err(PyValueError::new_err(reason));
+    }
+    let scales = contents_mut("scales", &mut scales, codes.len())?;
+    py.detach(|| nested::dequantize_into(codes, absmax, levels, offset, scales));
+    Ok(())
+}
+
+#[pyfunction]
 pub fn nested_quant_map(py: Python<'_>) -> Bound<'_, PyBytes> {
     bytes(py, &*nested::QUANT_MAP, Float::F32)
 }

@@ -22,8 +22,8 @@ mod _core {
 
     #[pymodule_export]
     use crate::kernels::{
-        decode_fp8, decode_mxfp4, dequantize_nf4, dequantize_nf4_into, merge_nf4_into, nested_quant_map,
-        quantize_nested, quantize_nf4, quantize_nf4_best, quantize_nf4_into,
+        decode_fp8, decode_mxfp4, dequantize_nested_into, dequantize_nf4, dequantize_nf4_into, merge_nf4_into,
+        nested_quant_map, quantize_nested, quantize_nf4, quantize_nf4_best, quantize_nf4_into,
     };
     #[pymodule_export]
     use crate::read::{PackedInfo, TensorInfo, largest_values, read_header, read_index, read_packed};
