@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import psutil
+
 from qpack.errors import ServeError
 from serve.control import DRAIN
 from serve.waiting import Waiting
@@ -38,8 +40,9 @@ _LAST_PAUSE_SECONDS = 30.0
 _PROGRESS_SECONDS = 10.0
 # For the engine to free its memory, once the last stream has ended.
 _SHUTDOWN_SECONDS = 30.0
-# For its helpers to remove what it has shared with them in memory.
-_CLEANUP_SECONDS = 2.0
+# For what has cleaned up after it so far to be done, once it is gone.
+_CLEANUP_SECONDS = 5.0
+_TRACKER = "multiprocessing.resource_tracker"
 
 
 class Supervisor:
@@ -170,19 +173,29 @@ class Child:
         self._control.write(DRAIN)
 
     async def kill(self) -> None:
-        """End it, and whatever it has started."""
+        """End it, and whatever it has started; those last that clean up after the others."""
         with suppress(ProcessLookupError):
-            if self.ended.is_set():  # by itself: what it has started may be cleaning up after it
-                await self._leaves()
+            if not self.ended.is_set():
+                _kill_all_but_trackers(self._process.pid)
+            end = time.monotonic() + _CLEANUP_SECONDS
+            while time.monotonic() < end:
+                os.killpg(self._process.pid, 0)
+                await asyncio.sleep(0.05)
             os.killpg(self._process.pid, signal.SIGKILL)
         await self.ended.wait()
         self._control.close()
 
-    async def _leaves(self) -> None:
-        end = time.monotonic() + _CLEANUP_SECONDS
-        while time.monotonic() < end:
-            os.killpg(self._process.pid, 0)
-            await asyncio.sleep(0.05)
+
+def _kill_all_but_trackers(group: int) -> None:
+    """Kill a process group, but for multiprocessing's trackers: once the others are gone, they remove what was shared.
+
+    vLLM's engine and its workers share 160 MB of ``/dev/shm`` each time, which nobody else would ever remove.
+    """
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(OSError):
+            tracker = any(_TRACKER in argument for argument in process.info["cmdline"] or ())
+            if os.getpgid(process.pid) == group and not tracker:
+                os.kill(process.pid, signal.SIGKILL)
 
 
 async def _first(*events: asyncio.Event, timeout: float | None = None) -> bool:

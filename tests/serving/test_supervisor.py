@@ -51,6 +51,10 @@ parent = Parent(control)
 folder = Path(parent.receive())
 while not (folder / "go").exists():
     time.sleep(0.02)
+if (folder / "shares").exists():
+    from multiprocessing.shared_memory import SharedMemory
+    shared = SharedMemory(create=True, size=1)
+    (folder / "shares").write_text(shared.name)
 if (folder / "broken").exists():
     parent.failed("the engine did not start: out of memory")
     sys.exit(1)
@@ -196,6 +200,21 @@ def test_a_second_signal_does_not_wait(supervised: Supervised) -> None:
     supervised.process.send_signal(signal.SIGINT)
     assert supervised.process.wait(5) == 0
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_what_is_killed_leaves_no_shared_memory(supervised: Supervised) -> None:
+    """As that of vLLM's engine and its workers, which only multiprocessing's tracker removes."""
+    for file in ("stuck", "shares"):
+        (supervised.folder / file).touch()
+    supervised.go()
+    supervised.until(supervised.serves)
+    shared = Path("/dev/shm") / (supervised.folder / "shares").read_text()
+    assert shared.exists()
+    supervised.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    supervised.process.send_signal(signal.SIGINT)
+    assert supervised.process.wait(10) == 0
+    assert not shared.exists()
 
 
 def test_a_signal_ends_a_load(supervised: Supervised) -> None:
