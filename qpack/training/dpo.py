@@ -67,7 +67,7 @@ class PreferenceTrainer(AdapterTrainer):
     """`AdapterTrainer` on pairs of answers."""
 
     collate: Callable[[Sequence[Any]], Batch] = staticmethod(collate_pairs)
-    give: Callable[[PreTrainedModel], None] = staticmethod(give_log_probs)
+    give: Callable[[PreTrainedModel], bool] = staticmethod(give_log_probs)
 
     @staticmethod
     def length(example: Preference) -> int:
@@ -83,16 +83,12 @@ class PreferenceTrainer(AdapterTrainer):
         """Keep the model that the reference is a part of."""
         super().__init__(model, *args, **kwargs)
         self.adapted = model
-        self.model_accepts_loss_kwargs = True  # our loss is told the number of pairs, whatever the model takes
         self.rewards: list[torch.Tensor] = []
 
     def begin_step(self) -> None:
         """Forget the last step."""
         super().begin_step()
         self.rewards = []
-
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int:
-        return sum(self.processes.gathered(sum(map(self.items, batch_samples))))
 
     def compute_loss(
         self,
@@ -101,12 +97,14 @@ class PreferenceTrainer(AdapterTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the share of these pairs in the loss of a step of ``num_items_in_batch`` pairs."""
+        """Return the share of these pairs in the loss of a step of ``num_items_in_batch`` pairs, or their mean."""
         found = rewards(self.adapted, model, inputs, self.settings.beta)
         self.rewards.append(found.detach())
         losses = preference_losses(found)
+        if num_items_in_batch is None:
+            return losses.mean()
         # The gradients of several processes are averaged, and this is a share of a sum.
-        return losses.sum() * self.args.world_size / (num_items_in_batch or len(losses))
+        return losses.sum() * self.args.world_size / num_items_in_batch
 
     def step_rewards(self) -> Rewards:
         """What the step's pairs, of all processes, were rewarded with."""

@@ -38,17 +38,17 @@ _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """What families call a factor of the logits in their config, and whether it multiplies (1) or divides (-1)."""
 
 
-def give_loss(model: PreTrainedModel) -> None:
-    """Let ``model``, called with labels, return a dict with the ``loss`` alone.
+def give_loss(model: PreTrainedModel) -> bool:
+    """Let ``model``, called with labels, return a dict with the ``loss`` alone; return whether it does.
 
     It is the sum over the learned tokens, by ``num_items_in_batch`` or, where that is not given, by their number.
-    Called without labels the model does what it did.
+    Called without labels the model does what it did, and so does always one whose loss is more than that.
     """
     stock = model.forward
     log_probs = _LearnedLogProbs(model)
     if more := _more_than_next_token(model):
         logger.warning("%s: its logits are computed whole, for %s", type(model).__name__, more)
-        return
+        return False
 
     @wraps(stock)  # whoever looks at what the model takes sees that
     def forward(
@@ -64,13 +64,14 @@ def give_loss(model: PreTrainedModel) -> None:
         return {"loss": -found.sum() / (items.to(found.device) if isinstance(items, torch.Tensor) else items)}
 
     cast(Any, model).forward = forward
+    return True
 
 
-def give_log_probs(model: PreTrainedModel) -> None:
+def give_log_probs(model: PreTrainedModel) -> bool:
     """Let ``model``, called with labels, return a dict with ``log_probs``: of each sequence's learned tokens, (batch,).
 
     Only labels that are not IGNORED count, each predicted at the position before it. Called without labels the model
-    does what it did.
+    does what it did. Every model does so: True is returned.
     """
     stock = model.forward
     log_probs = _LearnedLogProbs(model)
@@ -82,6 +83,7 @@ def give_log_probs(model: PreTrainedModel) -> None:
         return {"log_probs": _summed(log_probs(labels, *args, **kwargs), labels[:, 1:] != IGNORED)}
 
     cast(Any, model).forward = forward
+    return True
 
 
 class _LearnedLogProbs:

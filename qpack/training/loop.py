@@ -191,8 +191,9 @@ class AdapterTrainer(Trainer):
 
     collate: Callable[[Sequence[Any]], Batch] = staticmethod(collate)
     """Makes a batch of examples."""
-    give: Callable[[PreTrainedModel], None] = staticmethod(give_loss)
-    """Makes the base give, for labels, what the loss is computed from, without its logits."""
+    give: Callable[[PreTrainedModel], bool] = staticmethod(give_loss)
+    """Makes the base give, for labels, what the loss is computed from, without its logits, and returns whether it
+    does."""
 
     def __init__(
         self,
@@ -217,7 +218,7 @@ class AdapterTrainer(Trainer):
         )
         self.passes: list[Pass] = []
         self.began = time.perf_counter()
-        self.give(cast(PreTrainedModel, model.get_base_model()))
+        given = self.give(cast(PreTrainedModel, model.get_base_model()))
         super().__init__(
             model=model,
             args=args,
@@ -226,6 +227,8 @@ class AdapterTrainer(Trainer):
             data_collator=self.collate,
             callbacks=[_Watch(self)],
         )
+        # The Trainer goes by what the model declares, and would take means of batches where that is nothing.
+        self.model_accepts_loss_kwargs |= given
         self.remove_callback(PrinterCallback)  # without a progress bar the Trainer prints its log
 
     @staticmethod
@@ -264,6 +267,10 @@ class AdapterTrainer(Trainer):
         if ratio := self.settings.loraplus_lr_ratio:
             raise_rate_of_b(made, adapted, ratio)
         return made
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int:
+        """Count over how many items the loss of a step is a sum, in all processes."""
+        return sum(self.processes.gathered(sum(map(self.items, batch_samples))))
 
     def begin_step(self) -> None:
         """Forget the last step."""
@@ -383,10 +390,9 @@ class AdapterTrainer(Trainer):
             batch = self.collate(held_out[begin : begin + self.rows()])
             [inputs] = cut(batch, self.rows())
             with torch.no_grad():
-                # Of one item, that is: the sum over all. The Trainer takes it times the number of processes.
-                total: Any = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=1)
+                mean: Any = self.compute_loss(model, self._prepare_inputs(inputs))
             if turn < len(own):
-                loss += total.item() / self.processes.size
+                loss += mean.item() * self.items(batch)
                 items += self.items(batch)
         sums = self.processes.gathered((loss, items))
         metrics = {"eval_loss": sum(loss for loss, _ in sums) / sum(items for _, items in sums)}

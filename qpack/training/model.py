@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qpack.errors import TrainingError
 from qpack.loading.experts import holds_fused_experts
@@ -20,6 +21,9 @@ from qpack.loading.model import load, load_plain
 from qpack.training.compute import Compute
 from qpack.training.settings import TrainSettings, names_in
 from qpack.training.whole_modules import find_whole_modules, make_float32, stays_tied
+
+_ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding)
+"""What a regular expression may put LoRA on."""
 
 
 def load_base(base: Path, compute: Compute, *, plain: bool = False, sharded: bool = False) -> PreTrainedModel:
@@ -42,7 +46,8 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     """Freeze the base and put float32 LoRA on the layers that the settings name, and copies of what is trained whole.
 
     Raises:
-        TrainingError: a name or a pattern matches no linear layer of the model, or a module that cannot be trained.
+        TrainingError: a name or a pattern matches no linear layer of the model, or also something else, or a module
+            cannot be trained.
     """
     names = names_in(settings.target_modules)
     whole = find_whole_modules(model, settings)
@@ -69,6 +74,7 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
         _require_match("target_modules", name, re.escape(name), linear)
     if settings.target_modules != "all-linear" and not names:
         _require_match("target_modules", settings.target_modules, settings.target_modules, linear, whole=True)
+        _refuse_others(model, settings.target_modules, whole)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # refused below
         try:
@@ -92,6 +98,16 @@ def _require_match(setting: str, given: str, pattern: str, modules: Sequence[str
     if not any(map(matcher.fullmatch, modules)):
         ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
         raise TrainingError(f"{setting}: '{given}' matches no linear layer; they end in {ends}, such as {modules[0]}")
+
+
+def _refuse_others(model: torch.nn.Module, pattern: str, whole: Sequence[str]) -> None:
+    """Refuse a ``pattern`` that also matches what LoRA is not put on; what is trained ``whole`` gets none anyway."""
+    for name, module in model.named_modules():
+        if name not in whole and not isinstance(module, _ADAPTABLE) and re.fullmatch(pattern, name):
+            raise TrainingError(
+                f"target_modules: '{pattern}' matches '{name}' too, which is a {type(module).__name__}, not a linear "
+                "layer; end it so that it matches linear layers alone"
+            )
 
 
 def require_float32_adapter(model: torch.nn.Module) -> None:

@@ -101,9 +101,13 @@ def test_checkpointing_changes_memory_and_nothing_else(trained: dict[str, Path])
         ({"target_modules": "q_proj,query"}, r"target_modules: 'query' matches no linear layer; they end in q_proj, "),
         ({"target_modules": r".*\.query"}, r"target_modules: '\.\*\\\.query' matches no linear layer; "),
         ({"rank_pattern": {"query": 2}}, r"rank_pattern: 'query' matches no linear layer; they end in q_proj, "),
+        (
+            {"target_modules": r".*\.mlp.*"},
+            r"target_modules: '\.\*\\\.mlp\.\*' matches 'model\.layers\.0\.mlp' too, which is a LlamaMLP, not a ",
+        ),
     ],
 )
-def test_what_matches_nothing_is_refused(
+def test_what_matches_no_linear_layer_is_refused(
     change: dict[str, Any], message: str, base: Path, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match=f"^{message}"):
