@@ -41,6 +41,8 @@ class Checkpoint:
     """The safetensors files, in the order of their names."""
     tensors: Mapping[str, TensorInfo]
     """Every tensor by name, in the order of files and bytes."""
+    files: Mapping[str, Path]
+    """The file of every tensor."""
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
@@ -53,21 +55,22 @@ class Checkpoint:
         weights = _find_weights(path)
         config = read_json_object(model_file(directory, CONFIG_NAME))
         if weights.suffix == ".safetensors":
-            return cls(directory, config, (weights,), {info.name: info for info in read_header(weights)})
+            tensors = {info.name: info for info in read_header(weights)}
+            return cls(directory, config, (weights,), tensors, dict.fromkeys(tensors, weights))
         index, placed = weights, read_index(weights)
         shards = tuple(model_file(directory, file) for file in sorted(set(placed.values())))
-        tensors: dict[str, TensorInfo] = {}
+        tensors, files = {}, {}
         for shard in shards:
             if not shard.is_file():
                 raise CheckpointError(f"{shard}: no such file, but {index.name} names it")
             for info in read_header(shard):
                 if placed.pop(info.name, None) != shard.name:
                     raise CheckpointError(f"{shard}: holds tensor {info.name}, which {index.name} does not place there")
-                tensors[info.name] = info
+                tensors[info.name], files[info.name] = info, shard
         if placed:
             name, file = next(iter(placed.items()))
             raise CheckpointError(f"{directory / file}: lacks tensor {name}, which {index.name} places there")
-        return cls(directory, config, shards, tensors)
+        return cls(directory, config, shards, tensors, files)
 
     @cached_property
     def packed(self) -> Mapping[str, PackedInfo]:
@@ -80,11 +83,6 @@ class Checkpoint:
         parts = {name + suffix for name in self.packed for suffix in SUFFIXES}
         shapes = {name: info.shape for name, info in self.tensors.items() if name not in parts}
         return shapes | {name: info.shape for name, info in self.packed.items()}
-
-    @cached_property
-    def files(self) -> Mapping[str, Path]:
-        """The file of every tensor."""
-        return {info.name: shard for shard in self.shards for info in read_header(shard)}
 
     @property
     def tensor_bytes(self) -> int:

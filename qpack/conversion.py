@@ -204,8 +204,8 @@ def _peak(job: PackingJob) -> int:
     """Bytes of fetched shards that lie on the disk at a time."""
     if not job.source.fetcher:
         return 0
-    placed = {info.name: shard for shard in job.source.checkpoint.shards for info in _core.read_header(shard)}
-    steps = [{placed[recipe.source], placed[recipe.scale or recipe.source]} for recipe in job.plan.recipes]
+    files = job.source.checkpoint.files
+    steps = [{files[recipe.source], files[recipe.scale or recipe.source]} for recipe in job.plan.recipes]
     return job.source.peak_bytes([frozenset(step) for step in steps])
 
 

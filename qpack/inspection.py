@@ -285,10 +285,9 @@ def examine(directory: Path | str, name: str) -> Examination:
     weight = next((tensor for tensor in inspection.tensors if tensor.name == name), None)
     if weight is None:
         raise CheckpointError(f"{checkpoint.directory}: no weight {name}{_hint(name, inspection)}")
-    files = {info.name: shard.name for shard in checkpoint.shards for info in _core.read_header(shard)}
     recorded = inspection.manifest.tensors if inspection.manifest else {}
     stored = tuple(
-        Stored(part, files[part], info.dtype, info.shape, info.bytes, _digest(recorded, part))
+        Stored(part, checkpoint.files[part].name, info.dtype, info.shape, info.bytes, _digest(recorded, part))
         for part in (name, *(name + suffix for suffix in SUFFIXES))
         if (info := checkpoint.tensors.get(part)) is not None
     )
