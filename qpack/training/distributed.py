@@ -16,6 +16,7 @@ Refused: launchers' own FSDP and DeepSpeed, which leave packed weights whole (ac
 ``fsdp`` without a second process to share with.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -99,6 +100,9 @@ class Processes:
         yield
         if joined:  # after an error the others may never come: the process ends without
             distributed.destroy_process_group()
+            # Gloo's threads end with the last reference to the group, which a model's cycles hold. What they free while
+            # the interpreter shuts down aborts the process (pytorch/pytorch pull 179291).
+            gc.collect()
 
     def once(self, function: Callable[[], T]) -> T:
         """Call ``function`` in rank 0 alone, and return what it returned in all of them.

@@ -139,6 +139,22 @@ def test_two_gpus_do_what_one_does(base: Path, data: Path, tmp_path: Path) -> No
         assert losses == pytest.approx(expected, rel=1e-2)  # bfloat16 keeps 8 bits
 
 
+def left_running() -> set[str]:
+    """The threads of this process when it has talked to others, and a cycle has held what they talked by."""
+    with Processes.launched().joined():
+        cycle: list[Any] = [torch.distributed.group.WORLD]
+        cycle.append(cycle)
+        del cycle
+        Processes.launched().gathered(None)
+    return {name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")}
+
+
+@on_cpu
+def test_no_thread_of_gloo_outlives_a_run() -> None:
+    for threads in run_together(left_running):
+        assert not {name for name in threads if "gloo" in name}
+
+
 def refused(base: Path, data: Path, output: Path) -> str:
     try:
         train(base, data, output, SETTINGS)
