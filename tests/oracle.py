@@ -4,6 +4,8 @@ The rule is bitsandbytes' CPU path (0.50, ``backends/default/ops.py`` and ``csrc
 the Rust code and bitsandbytes against it.
 """
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,8 +51,7 @@ def dequantize(codes: U8, absmax: F32, elements: int, blocksize: int) -> F32:
 
 def quantize_nested(absmax: F32, offset: np.float32, levels: F32) -> tuple[U8, F32]:
     """8-bit codes and second-level scales (one per 256) of block scales around ``offset``."""
-    cells = np.arange(65536, dtype=np.float32) / np.float32(65535) * np.float32(2) - np.float32(1)
-    table = np.abs(cells[:, None].astype(np.float64) - levels[None]).argmin(1).astype(np.uint8)
+    table = _nearest(levels.tobytes())
     centred = absmax - offset
     codes = np.empty(len(absmax), np.uint8)
     nested = np.empty(-(-len(absmax) // 256), np.float32)
@@ -64,3 +65,12 @@ def quantize_nested(absmax: F32, offset: np.float32, levels: F32) -> tuple[U8, F
         cell = ((scaled + np.float32(1)) * np.float32(0.5)) * np.float32(65535) + np.float32(0.5)
         codes[index * 256 : (index + 1) * 256] = table[cell.astype(np.int64)]
     return codes, nested
+
+
+@cache
+def _nearest(levels: bytes) -> U8:
+    """The index of the level nearest to each of 65,536 values from -1 to 1."""
+    cells = np.arange(65536, dtype=np.float32) / np.float32(65535) * np.float32(2) - np.float32(1)
+    distances = np.abs(cells[:, None].astype(np.float64) - np.frombuffer(levels, np.float32)[None])
+    nearest: U8 = distances.argmin(1).astype(np.uint8)
+    return nearest

@@ -10,14 +10,32 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
+import factors
 import pytest
+from tiny import write_llama
 
+import qpack
 from qpack.errors import AdapterError, CheckpointError, QpackError, ServeError
 from serve import ServeConfig, collect_adapters
 from serve.config import LORA_RANKS
 from serve.gate.keys import Keys
 from serve.launch import engine_environment, listen
 from serve.registry import Registry
+
+
+@pytest.fixture(scope="module")
+def packed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, packed: what it has learned does not matter here. Read only."""
+    directory = tmp_path_factory.mktemp("models") / "packed"
+    qpack.convert(llama, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapters(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters for it, of different ranks. Read only."""
+    folder, ranks = tmp_path_factory.mktemp("adapters"), {"alpha": 8, "beta": 4}
+    return {name: factors.write(folder / name, factors.draw(packed, r=r), r=r) for name, r in ranks.items()}
 
 
 def test_defaults_hold_every_adapter_and_some_more(packed: Path, adapters: dict[str, Path]) -> None:
@@ -84,10 +102,6 @@ def test_a_bad_adapter_is_refused(packed: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_base_is_refused(packed: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    from tiny import write_llama
-
-    import qpack
-
     other = tmp_path / "wider"
     qpack.convert(write_llama(tmp_path / "source", hidden_size=384), other)
     with pytest.raises(AdapterError, match="changes model"):
