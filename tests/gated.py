@@ -1,7 +1,7 @@
 """A real gate on a real port, before a stand-in for vLLM: its routes, its shapes, its ways to fail, and no engine.
 
-What the stand-in says is ``MODEL says PROMPT``, a word a token. The prompt may hold orders, each a word: ``slow`` to
-wait ten times as long, ``crash`` and ``die`` to fail before the answer, ``crash-later`` and ``die-later`` in it (who
+What the stand-in says is ``MODEL says PROMPT``, a word a token. The prompt may hold orders, each a word: ``held`` to
+wait until the test lets go, ``slow`` to wait ten times as long, ``crash`` and ``die`` to fail before the answer, ``crash-later`` and ``die-later`` in it (who
 dies is dead from then on), ``nameless`` to say ``somebody`` for the model.
 """
 
@@ -83,6 +83,8 @@ class Engine:
 
     def __init__(self) -> None:
         self.dead = False
+        self.let_go = threading.Event()
+        """Ends the waiting of who is ``held``."""
         self.asked: list[dict[str, Any]] = []
         self.request_ids: list[str | None] = []
         self.running = self.aborted = 0
@@ -119,6 +121,8 @@ class Engine:
         self._models.append(model)
         self.most_adapters = max(self.most_adapters, len({name for name in self._models if name != BASE}))
         try:
+            while "held" in orders and not self.let_go.is_set():
+                await asyncio.sleep(TOKEN_SECONDS)
             for index, word in enumerate(words):
                 await asyncio.sleep(TOKEN_SECONDS * (10 if "slow" in orders else 1))
                 for order in ("crash", "die"):
