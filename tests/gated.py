@@ -1,8 +1,8 @@
 """A real gate on a real port, before a stand-in for vLLM: its routes, its shapes, its ways to fail, and no engine.
 
 What the stand-in says is ``MODEL says PROMPT``, a word a token. The prompt may hold orders, each a word: ``held`` to
-wait until the test lets go, ``slow`` to wait ten times as long, ``crash`` and ``die`` to fail before the answer, ``crash-later`` and ``die-later`` in it (who
-dies is dead from then on), ``nameless`` to say ``somebody`` for the model.
+wait until the test lets go, ``slow`` to wait ten times as long, ``crash`` and ``die`` to fail before the answer,
+``crash-later`` and ``die-later`` in it (who dies is dead from then on), ``nameless`` to say ``somebody`` for the model.
 """
 
 import asyncio
