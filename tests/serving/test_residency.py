@@ -5,7 +5,6 @@ What the real engine does with the same calls is in test_endpoint.py.
 
 import asyncio
 import os
-import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
@@ -176,7 +175,7 @@ def test_slow_storage_holds_up_its_own_version_only(
     stage: Stage, stored: dict[str, Stored], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A FIFO without a writer: whoever opens it waits as on a disk that does not answer."""
-    monkeypatch.setattr(residency, "LOAD_SECONDS", 0.3)
+    monkeypatch.setattr(residency, "LOAD_SECONDS", 1.0)
     fifo = stored["a"].path / "adapter_model.safetensors"
     os.mkfifo(fifo)
 
@@ -184,10 +183,9 @@ def test_slow_storage_holds_up_its_own_version_only(
         engine = NotingEngine(1)
         room = Residency(engine, stage, hold, 1)
         stalled = asyncio.create_task(room.lease(stored["a"]).__aenter__())
-        began = time.monotonic()
         async with room.lease(stored["b"]):
-            assert time.monotonic() - began < 0.3
-        with pytest.raises(ServeError, match="adapter a@1: its files could not be read in 0 s"):
+            assert not stalled.done()
+        with pytest.raises(ServeError, match="adapter a@1: its files could not be read in 1 s"):
             await stalled
 
     asyncio.run(run())
