@@ -1,7 +1,7 @@
 """The routes by which adapters are managed while they are served. The gate opens them to admins only.
 
 =======  ==================================  =========================================================
-GET      ``/v1/adapters``                    names and versions, and which of them the engine holds
+GET      ``/v1/adapters``                    names and versions, which of them the engine holds, live figures
 POST     ``/v1/adapters/NAME``               upload the files of a version, as multipart; checked first
 POST     ``/v1/adapters/NAME/promote``       ``{"version": DIGEST}``: let the name point at it
 POST     ``/v1/adapters/NAME/rollback``      let it point at what it pointed at before
@@ -66,12 +66,13 @@ class Shadow(BaseModel):
 
 @router.get("")
 async def list_adapters(request: Request) -> JSONResponse:
-    """Names, versions, and which of them the engine holds."""
+    """Names, versions, which of them the engine holds, and the figures of now (`serve.gate.figures`)."""
     running = request.app.state.qpack
     registry: Registry = running.registry
     resident = set(running.residency.resident)
     versions = [_version(version) | {"resident": version.id in resident} for version in registry.versions()]
-    return JSONResponse({"aliases": [_alias(alias) for alias in registry.aliases().values()], "versions": versions})
+    aliases = [_alias(alias) for alias in registry.aliases().values()]
+    return JSONResponse({"aliases": aliases, "versions": versions, "figures": running.gate.figures()})
 
 
 @router.post("/{name}")

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from serve import admin
+from serve import admin, page
 from serve.config import ServeConfig
 from serve.control import Parent
 from serve.engine_adapters import EngineAdapters
@@ -50,8 +50,9 @@ class Endpoint:
     required_tasks = None
 
     def attach_router(self, app: Any) -> None:
-        """Add the routes that adapters are managed by."""
+        """Add the routes that adapters are managed by, and the page."""
         app.include_router(admin.router)
+        app.include_router(page.router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Build what stands before the engine, and start what runs beside the requests."""
@@ -87,6 +88,7 @@ class Running:
             metrics=Metrics(queue),
             engine_died=lambda: bool(engine_client.errored),
             max_model_len=engine_client.model_config.max_model_len,
+            chat=bool(getattr(engine_client.get_tokenizer(), "chat_template", None)),
         )
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []

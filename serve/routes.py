@@ -10,8 +10,26 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
+PAGE = (
+    "/",
+    "/page/house.css",
+    "/page/style.css",
+    "/page/icon.svg",
+    "/page/page.js",
+    "/page/adapters.js",
+    "/page/api.js",
+    "/page/dialog.js",
+    "/page/element.js",
+    "/page/figures.js",
+    "/page/playground.js",
+    "/page/units.js",
+    "/page/upload.js",
+)
+"""The files of `serve.page`."""
+
 ALLOWED = frozenset(
     {
+        *(("GET", path) for path in PAGE),
         ("GET", "/health"),
         ("GET", "/version"),
         ("GET", "/metrics"),

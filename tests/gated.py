@@ -17,20 +17,21 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
-from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from qpack.errors import ServeError
+from serve import admin, page
 from serve.gate.gate import Gate, GateMiddleware
 from serve.gate.keys import Keys
 from serve.gate.limits import RequestLimits
 from serve.gate.metrics import Metrics
 from serve.gate.queue import FairQueue
-from serve.registry import Alias, Version
+from serve.registry import Alias, Registry, Version
 
 BASE = "tiny"
 TOKEN_SECONDS = 0.01
@@ -200,6 +201,10 @@ class Residency:
         self.loaded: set[str] = set()
         self.leased: list[str] = []
 
+    @property
+    def resident(self) -> list[str]:
+        return sorted(self.loaded)
+
     @asynccontextmanager
     async def lease(self, version: Version) -> AsyncIterator[None]:
         if version.id not in self.loaded:
@@ -260,25 +265,34 @@ def site(
     quantum: float = 0.2,
     limits: RequestLimits | None = None,
     client_host: str | None = None,
+    registry: Registry | None = None,
+    chat: bool = True,
 ) -> Iterator[Site]:
-    """Run a gate on a free port, in a thread. ``client_host`` is where all clients seem to come from."""
+    """Run a gate on a free port, in a thread, over adapters of these names, or over a real registry with its routes.
+
+    ``client_host`` is where all clients seem to come from.
+    """
     chosen = limits or RequestLimits()
     shelf = Shelf({name: alias(version(name, f"{number}" * 12)) for number, name in enumerate(names)})
-    engine, residency, registry = Engine(), Residency(), CollectorRegistry()
+    engine, residency, metrics = Engine(), Residency(), CollectorRegistry()
 
     async def say(request: Request) -> Response:
         return JSONResponse({"path": request.url.path})
 
-    async def metrics(request: Request) -> Response:
-        return Response(generate_latest(registry), media_type="text/plain")
+    async def show(request: Request) -> Response:
+        return Response(generate_latest(metrics), media_type="text/plain")
 
-    get = [Route(path, say) for path in ("/health", "/version", "/v1/adapters")]
-    post = [Route(path, say, methods=["POST"]) for path in ("/adapters", "/invocations", "/v1/adapters")]
+    managing = () if registry else ("/v1/adapters",)
+    get = [Route(path, say) for path in ("/health", "/version", *managing)]
+    post = [Route(path, say, methods=["POST"]) for path in ("/adapters", "/invocations", *managing)]
     completions = [
         Route(f"/v1/{kind}", engine.answer, methods=["POST"]) for kind in ("completions", "chat/completions")
     ]
-    routes = [*get, *post, *completions, Route("/metrics", metrics)]
-    app = Starlette(routes=routes, middleware=[Middleware(GateMiddleware)])
+    routes: list[BaseRoute] = [*get, *post, *completions, Route("/metrics", show)]
+    app = FastAPI(routes=routes, middleware=[Middleware(GateMiddleware)], openapi_url=None)
+    app.include_router(page.router)
+    if registry:
+        app.include_router(admin.router)
 
     async def outside(scope: Any, receive: Any, send: Any) -> None:
         if client_host and scope["type"] == "http":
@@ -295,21 +309,22 @@ def site(
         with closing(Keys(directory)) as keys:
             gate = Gate(
                 base=BASE,
-                catalogue=shelf,
+                catalogue=registry or shelf,
                 lease=residency.lease,
                 keys=keys,
                 queue=queue,
                 limits=chosen,
-                metrics=Metrics(queue, registry),
+                metrics=Metrics(queue, metrics),
                 engine_died=lambda: engine.dead,
                 max_model_len=128,
+                chat=chat,
             )
-            app.state.qpack = SimpleNamespace(gate=gate)
+            app.state.qpack = SimpleNamespace(gate=gate, registry=registry, residency=residency, takes_adapters=True)
             task = asyncio.create_task(server.serve())
             while not server.started:
                 await asyncio.sleep(0.01)
             url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-            made.append(Site(url, gate, queue, shelf, engine, residency, registry, asyncio.get_running_loop()))
+            made.append(Site(url, gate, queue, shelf, engine, residency, metrics, asyncio.get_running_loop()))
             started.set()
             await task
 

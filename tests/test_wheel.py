@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -13,6 +14,8 @@ def test_the_wheel_packs_a_model_in_a_clean_environment(llama: Path, packed: Pat
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp311-abi3-" in wheel.name
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "serve/page").glob("*.[!p]*") if file.is_file()}
+    assert files <= set(zipfile.ZipFile(wheel).namelist()), "the page's"
 
     clean = tmp_path / "clean"
     subprocess.run([BIN / "uv", "venv", "--quiet", "--python", sys.executable, clean], check=True)

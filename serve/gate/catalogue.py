@@ -17,16 +17,17 @@ class Catalogue(Protocol):
 
 
 def models(
-    base: str, catalogue: Catalogue, key: Key | None, started: float, max_model_len: int | None
+    base: str, catalogue: Catalogue, key: Key | None, started: float, said: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """What ``GET /v1/models`` lists: the base, the aliases and the versions that a key may use.
 
     ``root`` is the version that answers, ``parent`` the base; an alias with canaries has their per cent too. No paths.
+    ``said`` is what is said of each.
     """
 
     def card(name: str, created: float, root: str, parent: str | None) -> dict[str, Any]:
         names = {"id": name, "object": "model", "created": int(created), "owned_by": "qpack"}
-        return {**names, "root": root, "parent": parent, "max_model_len": max_model_len, "permission": []}
+        return {**names, "root": root, "parent": parent, **said, "permission": []}
 
     def may_use(name: str) -> bool:
         return key is None or key.may_use(name)

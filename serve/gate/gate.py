@@ -26,6 +26,7 @@ from serve.gate.access import MODELS, PUBLIC, caller
 from serve.gate.budget import Budgets
 from serve.gate.catalogue import Catalogue, models
 from serve.gate.exchange import ClientGone, Exchange, too_late
+from serve.gate.figures import figures
 from serve.gate.keys import Key, Keys
 from serve.gate.limits import RequestLimits
 from serve.gate.metrics import Metrics
@@ -74,6 +75,7 @@ class Gate:
         metrics: where it is counted.
         engine_died: whether the engine will never answer again.
         max_model_len: tokens of a prompt and its answer, for the list of models.
+        chat: whether the models have a chat template, for that list.
     """
 
     def __init__(
@@ -88,10 +90,11 @@ class Gate:
         metrics: Metrics,
         engine_died: Callable[[], bool],
         max_model_len: int | None = None,
+        chat: bool = True,
     ) -> None:
         self._base, self._catalogue, self._lease, self._keys, self._queue = base, catalogue, lease, keys, queue
         self._limits, self._metrics, self._engine_died = limits, metrics, engine_died
-        self._max_model_len = max_model_len
+        self._said = {"max_model_len": max_model_len, "chat": chat}
         self._started = time.time()
         self._budgets = Budgets()
         self._shadows = Shadows(queue, lease, metrics, self._broken)
@@ -108,6 +111,10 @@ class Gate:
         """Let nobody in any more; ``/health`` says so too, for load balancers to look elsewhere."""
         self._closed = reason
         self._shadows.close()
+
+    def figures(self) -> dict[str, Any]:
+        """How many requests there are now, and what became of those before (`serve.gate.figures`)."""
+        return figures(self._base, self._metrics, self._queue)
 
     async def idle(self) -> None:
         """Wait until those that were let in have their answers."""
@@ -162,7 +169,7 @@ class Gate:
 
     async def _list(self, exchange: Exchange, key: Key | None) -> None:
         """Answer ``/v1/models`` and ``/v1/models/{model}``."""
-        cards = models(self._base, self._catalogue, key, self._started, self._max_model_len)
+        cards = models(self._base, self._catalogue, key, self._started, self._said)
         found: dict[str, Any] | None = {"object": "list", "data": cards}
         if name := exchange.scope["path"].removeprefix(MODELS).removeprefix("/"):
             found = next((card for card in cards if card["id"] == name), None)

@@ -125,6 +125,14 @@ class FairQueue:
         self._stay = 1.0  # mean seconds in the engine, of about the last ten requests
 
     @property
+    def requests(self) -> dict[Hashable | None, tuple[int, int]]:
+        """How many are in the engine and how many wait, by adapter; None is the base."""
+        return {
+            name: (flow.inside, sum(len(line.waiting) for line in flow.lines.values()))
+            for name, flow in self._flows.items()
+        }
+
+    @property
     def holders(self) -> list[Hashable]:
         """Adapters that have a slot."""
         return [flow.adapter for flow in self._holders]

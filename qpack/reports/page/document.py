@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
-_STYLE = Path(__file__).with_name("style.css")
+STYLE = Path(__file__).with_name("style.css")
+"""The look of the house; the page of `serve.page` has it too."""
 
 
 def document(*, title: str, eyebrow: str, heading: str, skip: tuple[str, str], sections: Iterable[str], by: str) -> str:
@@ -19,7 +20,7 @@ def document(*, title: str, eyebrow: str, heading: str, skip: tuple[str, str], s
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>
 <style>
-{_STYLE.read_text(encoding="utf-8")}</style>
+{STYLE.read_text(encoding="utf-8")}</style>
 </head>
 <body>
 <a class="skip" href="#{target}">Skip to the {escape(name)}</a>

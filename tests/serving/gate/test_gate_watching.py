@@ -56,6 +56,28 @@ def test_requests_and_tokens_by_adapter_and_status(running: Site) -> None:
     assert 'qpack_requests_total{adapter="support",status="200",version="000000000000"} 3.0' in text
 
 
+def test_figures_of_this_moment(running: Site) -> None:
+    """What the page is told, by the names that models are asked by; nothing of what is not there."""
+    for _ in range(2):
+        running.ask("one two", "support", stream=True)
+    running.ask("bad", "support")
+    running.ask("one")
+    running.ask(model="made-up")
+    until(lambda: running.figure("qpack_requests_total", adapter="", version="", status="404") == 1)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(running.ask, "slow slow", "billing")
+        until(lambda: running.queue.inside == 1)
+        found = running.gate.figures()
+        slow.result()
+    assert (found["running"], found["waiting"], found["places"], found["slots"]) == (1, 0, 8, 2)
+    assert found["holders"] == ["billing@111111111111"]
+    assert found["models"].keys() == {"support@000000000000", BASE, "billing@111111111111"}
+    support = found["models"]["support@000000000000"]
+    assert (support["requests"], support["output_tokens"], support["first_tokens"]) == (3, 8, 2)
+    assert TOKEN_SECONDS <= support["first_token_seconds"] / 2 < 5
+    assert found["models"]["billing@111111111111"] == {"running": 1, "waiting": 0}
+
+
 def test_times_of_streams(running: Site) -> None:
     running.ask("slow slow", "support", stream=True)
     until(lambda: running.figure("qpack_time_per_output_token_seconds_count", **LABELS) == 1)
