@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 
 import qpack
 
+HEAVY = ("torch", "transformers", "numpy", "peft", "bitsandbytes", "accelerate", "pyarrow", "vllm")
+"""What takes seconds to import."""
+
 
 def run(
     *arguments: object, status: int = 0, environment: Mapping[str, str] | None = None
@@ -25,6 +28,14 @@ def run(
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     return done
+
+
+def without(directory: Path, *packages: str) -> dict[str, str]:
+    """An environment in which these packages cannot be imported."""
+    for package in packages:
+        (directory / package).mkdir(parents=True)
+        (directory / package / "__init__.py").write_text(f"raise ImportError('{package} is blocked')")
+    return {"PYTHONPATH": str(directory)}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -44,11 +55,7 @@ def test_version_and_help() -> None:
 
 def test_convert_inspect_and_merge_without_torch(llama: Path, packed: Path, tmp_path: Path) -> None:
     """Block torch, transformers and numpy: these commands never need them for a model that is known by names."""
-    blocker = tmp_path / "blocker"
-    for package in ("torch", "transformers", "numpy", "peft", "vllm"):
-        (blocker / package).mkdir(parents=True)
-        (blocker / package / "__init__.py").write_text("raise ImportError('blocked')")
-    output, blocked = tmp_path / "packed", {"PYTHONPATH": str(blocker)}
+    output, blocked = tmp_path / "packed", without(tmp_path / "blocker", *HEAVY)
     done = run("convert", llama, output, environment=blocked)
     inspection = qpack.inspect(packed)
     title, *lines = done.stdout.splitlines()
@@ -140,11 +147,37 @@ def test_train_takes_flags_over_the_file_and_names_the_bad_line(packed: Path, tm
     assert run(*arguments, status=1).stderr.startswith(f"error: {data}:2: ")
     assert not (tmp_path / "adapter").exists()
     data.write_text('{"prompt": "a", "completion": "b"}\n')
-    done = run(*arguments)
+    unused = without(tmp_path / "blocker", "trl", "vllm", "serve", "tensorboard", "wandb", "mlflow")
+    done = run(*arguments, environment=unused)
     assert "1 steps, " in done.stdout
     assert "train: step 1 of 1, loss " in done.stderr
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert run(*arguments, "--r", 0, status=1).stderr == "error: r: expected at least 1, found 0\n"
+
+
+def test_mistakes_in_training_are_told_without_torch(packed: Path, tmp_path: Path) -> None:
+    """And so is what there is to set, and what a run would take on a GPU."""
+    environment = without(tmp_path / "blocker", *HEAVY)
+    data, bad, settings, taken = (tmp_path / name for name in ("data.jsonl", "bad.jsonl", "settings.yaml", "taken"))
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n')
+    settings.write_text("rank: 4\n")
+    taken.mkdir()
+    output = ("-o", tmp_path / "adapter")
+    for arguments, message in (
+        (("train", packed, bad, *output), f"{bad}:2: prompt: expected a string or a list of messages"),
+        (("train", packed, data, *output, "--r", 0), "r: expected at least 1, found 0"),
+        (("train", packed, data, *output, "--packing", "--method", "dpo"), "packing: not for method 'dpo'"),
+        (("train", packed, data, *output, "--config", settings), f"{settings}: unknown setting 'rank'"),
+        (("train", packed, data, *output, "--early-stopping", 1), "early_stopping: nothing is held out"),
+        (("train", packed, data, *output, "--base", "16bit"), f"{packed}: expected weights of 16 or 32 bits"),
+        (("train", packed, data, *output, "--fsdp"), "fsdp: there is one process"),
+        (("train", packed, data, "-o", taken), f"{taken}: already exists"),
+        (("data", packed, bad), f"{bad}:2: prompt: expected a string"),
+    ):
+        assert run(*arguments, status=1, environment=environment).stderr.startswith(f"error: {message}")
+    for told in (("train", "--help"), ("data", "--help"), ("estimate", packed, "--gpu", "24GB")):
+        assert run(*told, environment=environment).stdout
 
 
 def test_quiet_and_verbose(llama: Path, tmp_path: Path) -> None:
