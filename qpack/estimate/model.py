@@ -22,6 +22,11 @@ def in_layer(name: str) -> bool:
     return _LAYER.search(name) is not None
 
 
+def in_attention(name: str) -> bool:
+    """Whether a weight is in the attention of a layer."""
+    return _ATTENTION.search(name) is not None
+
+
 def layer_of(name: str) -> int:
     """The number of the layer that a weight is in, 0 where it is in none."""
     return int(found[1]) if (found := _LAYER.search(name)) else 0
@@ -133,7 +138,7 @@ class Model:
         amounts = {
             name: self.share(name) * amount(*shape)
             for name, shape in self.linears.items()
-            if attention or not _ATTENTION.search(name)
+            if attention or not in_attention(name)
         }
         return math.ceil(max(self.by_layer(amounts).values(), default=0))
 
@@ -145,7 +150,7 @@ class Model:
         """What tells the input of the linear weight ``name`` from others: its layer and expert, part, and width."""
         place = _EXPERT.search(name) or _LAYER.search(name)
         within = name[: place.end()] if place else name
-        return within, bool(_ATTENTION.search(name)), self.linears[name][1]
+        return within, in_attention(name), self.linears[name][1]
 
     @property
     def normalized(self) -> int:

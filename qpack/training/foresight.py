@@ -36,10 +36,14 @@ def _as_data(settings: TrainSettings, examples: Sequence[Any]) -> TrainSettings:
         lengths = [max(len(side["input_ids"]) for side in (pair["chosen"], pair["rejected"])) for pair in examples]
     else:
         lengths = [len(example["input_ids"]) for example in examples]
+    shared = False
     if settings.packing:
-        lengths = [sum(lengths[place] for place in places) for places in pack(lengths, settings.max_length)]
+        packs = pack(lengths, settings.max_length)
+        shared = len(packs) < len(lengths)
+        lengths = [sum(lengths[place] for place in places) for places in packs]
     return replace(
         settings,
+        packing=shared,  # a sequence that has a row for itself needs no mask there
         max_length=min(settings.max_length, max(lengths)),
         batch_size=min(settings.batch_size, len(lengths)),
     )

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -56,6 +58,8 @@ def test_the_papers_models() -> None:
     need = training(LLAMA_65B)
     assert need.smallest() == 48
     assert 36e9 < need.bytes < 46e9
+    papers = TrainSettings(r=64, optim="paged_adamw_32bit", batch_size=1, max_length=512)
+    assert training(LLAMA_65B, papers).fits(48)
     assert not training(LLAMA_65B, TrainSettings(max_length=4096, batch_size=4)).fits(48)
 
 
@@ -98,6 +102,7 @@ def test_the_parts_of_training_written_out() -> None:
         "activations": 16 * (2 * layer + at_loss),
         "logits": 16 * 8 * 1000,
         "workspace": 4 * 96 * 32 + here.allowance,
+        "holes": 200 * 10**6 + 16 * (2 * layer + at_loss) // 4,
     }
     # In a second pass the gradients of the first are there; of several processes DDP holds them twice.
     assert training(model, replace(settings, grad_accum=2), here).parts["gradients"] == 4 * 16 * sides
@@ -192,7 +197,9 @@ def test_weights_and_adapters_are_those_loaded(base: Path, dtype: torch.dtype) -
         {"gradient_checkpointing": True, "r": 128, "max_length": 64},  # more gradients than activations
         {"packing": True, "batch_size": 2},
         {"method": "dpo", "batch_size": 2},
+        {"packing": True, "gradient_checkpointing": True, "batch_size": 1},
         {"target_modules": "q_proj,v_proj", "rank_pattern": {"v_proj": 64}},
+        {"target_modules": "down_proj"},
         {"use_dora": True, "gradient_checkpointing": True},
         {"modules_to_save": "embed_tokens,norm", "gradient_checkpointing": True},
     ],
@@ -210,8 +217,34 @@ def test_a_run_measures_what_was_estimated(base: Path, tmp_path: Path, changes: 
         qpack.train(base, tmp_path / "data.jsonl", tmp_path / "adapter", settings, on_progress=allocations.begin)
     device = Device.here()
     need = training(Model.open(Checkpoint.open(base)), settings, device)
-    before = need.parts["weights"] + need.parts["adapters"] + device.allowance
-    assert need.bytes - before == pytest.approx(allocations.peak, rel=0.1)
+    others = need.parts["weights"] + need.parts["adapters"] + need.parts["holes"] + device.allowance
+    assert need.bytes - others == pytest.approx(allocations.peak, rel=0.1)
+
+
+RUN = """
+import sys
+from pathlib import Path
+import qpack
+base, data, output = map(Path, sys.argv[1:])
+settings = qpack.TrainSettings(r=16, batch_size=8, max_length=256, max_steps=3, samples=0)
+report = qpack.train(base, data, output, settings)
+print(report.estimated_memory.bytes, report.peak_memory)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measured of a process that trains on a CPU")
+def test_a_process_takes_what_was_estimated(tmp_path: Path) -> None:
+    """Within a tenth of the most that a process of its own had resident, libraries and all that malloc keeps included:
+    of 2 GB the libraries are less than half."""
+    source = write_llama(tmp_path / "source", hidden_size=512, intermediate_size=1408, layers=8)
+    qpack.convert(source, tmp_path / "base")
+    rows = [{"prompt": "?", "completion": 300 * "a"}, {"prompt": "?", "completion": 100 * "b"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 8 * rows))
+    command = [sys.executable, "-c", RUN, *map(str, (tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "adapter"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    estimated, taken = map(int, done.stdout.split())
+    assert taken > 1.8 * 10**9
+    assert estimated == pytest.approx(taken, rel=0.1)
 
 
 class Allocations:

@@ -35,6 +35,18 @@ def test_lengths_and_batches_are_those_of_the_data(
     assert found.need.purpose == f"train r=16 on {purpose} tokens"
 
 
+def test_a_sequence_that_has_a_row_for_itself_needs_no_mask(packed: Path) -> None:
+    """Packed or not: 40 and 30 tokens find no room beside each other in 60, but 40 and 20 do."""
+
+    def activations(packing: bool, rows: list[Any]) -> int:
+        found = foresee(packed, TrainSettings(packing=packing, batch_size=1, max_length=60), rows, Processes())
+        assert found
+        return found.need.parts["activations"]
+
+    assert activations(True, ROWS[:2]) == activations(False, ROWS[:2])
+    assert activations(True, ROWS) > activations(False, [{"input_ids": [1] * 60}])
+
+
 def test_shapes_that_cannot_be_read_are_no_reason_not_to_train(
     packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
