@@ -113,6 +113,7 @@ class Running:
         self._parent.ready()
         while not self._engine.errored:
             await asyncio.sleep(_WATCH_SECONDS)
+        self.gate.give_up()
         state.server.should_exit = True  # when those have been answered that are still here
         await asyncio.sleep(_LAST_ANSWERS_SECONDS)
         state.server.force_exit = True

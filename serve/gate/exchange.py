@@ -97,12 +97,12 @@ class Exchange:
             task.cancel()
 
     @asynccontextmanager
-    async def patience(self, seconds: float) -> AsyncIterator[None]:
-        """Cancel the block after a time, or when the client leaves.
+    async def patience(self, seconds: float, hopeless: asyncio.Future[None]) -> AsyncIterator[None]:
+        """Cancel the block after a time, when the client leaves, or when there is nothing to wait for any more.
 
         Raises:
-            ClientGone: if that was the reason.
-            TimeoutError: if time was.
+            ClientGone: if the client has left.
+            TimeoutError: otherwise.
         """
         over = False
         try:
@@ -112,11 +112,13 @@ class Exchange:
                     if not over:
                         timeout.reschedule(0)
 
-                self.gone.add_done_callback(leave)
+                for reason in (self.gone, hopeless):
+                    reason.add_done_callback(leave)
                 try:
                     yield
                 finally:
                     over = True
+                    hopeless.remove_done_callback(leave)
         except TimeoutError:
             if self.gone.done():
                 raise ClientGone from None

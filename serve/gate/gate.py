@@ -104,6 +104,7 @@ class Gate:
         self._inside = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._hopeless: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._generation = -1
         self._listed: set[str] = set()
 
@@ -115,6 +116,11 @@ class Gate:
     def figures(self) -> dict[str, Any]:
         """How many requests there are now, and what became of those before (`serve.gate.figures`)."""
         return figures(self._base, self._metrics, self._queue)
+
+    def give_up(self) -> None:
+        """Answer those who wait for their turn or their adapter: the engine is dead."""
+        if not self._hopeless.done():
+            self._hopeless.set_result(None)
 
     async def idle(self) -> None:
         """Wait until those that were let in have their answers."""
@@ -222,7 +228,7 @@ class Gate:
         key, came = visit.key, _now()
         last = min(came + self._limits.queue_timeout, end)
         try:
-            async with visit.exchange.patience(last - came):
+            async with visit.exchange.patience(last - came, self._hopeless):
                 waiting = self._queue.turn(
                     version.id if version else None,
                     key.id if key else None,
@@ -237,10 +243,14 @@ class Gate:
                     await stack.enter_async_context(self._lease(version))
                     visit.load_seconds = _now() - entered
                     turn.warm()
+                if broken := self._broken():
+                    raise broken  # it died meanwhile
                 return turn
         except QueueFull as full:
             raise Refusal(429, "too many requests are waiting", retry_after=full.retry_after) from None
         except TimeoutError:
+            if broken := self._broken():
+                raise broken from None
             if last < end:
                 raise Refusal(503, f"no turn came within {last - came:g} s", retry_after=1) from None
             raise too_late() from None

@@ -264,3 +264,17 @@ def test_nothing_is_left_after_a_storm(tmp_path: Path) -> None:
         assert 200 in statuses
         until(lambda: at_rest(running))
         assert running.ask(model="support").status_code == 200
+
+
+def test_who_waits_when_the_engine_dies_is_told(tmp_path: Path) -> None:
+    """One waits for its adapter, another one for the slot."""
+    with site(tmp_path, slots=1) as running, ThreadPoolExecutor(2) as pool:
+        running.residency.seconds["support@000000000000"] = 60
+        waiting = [pool.submit(running.ask, "hello", name) for name in ("support", "billing")]
+        until(lambda: (running.queue.inside, running.queue.waiting) == (1, 1))
+        running.engine.dead = True
+        running.call(running.gate.give_up)
+        for answer in (one.result(10) for one in waiting):
+            assert answer.status_code == 503
+            assert answer.json()["error"]["message"] == "the engine died and is being restarted, ask again"
+        until(lambda: at_rest(running))
