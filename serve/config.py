@@ -1,8 +1,9 @@
 """What to serve, checked completely before the engine is loaded.
 
-Refused: a base that is not packed as NF4; an adapter that is malformed, of another base, or larger than the rank
-asked for; a name that is illegal, used twice, or the base's own; a registry of another base; an address that others
-can reach, without API keys. An adapter whose record names another base is refused too, unless ``force`` is set.
+Refused: a base that is not packed as NF4; adapters beside packed experts; an adapter that is malformed, of another
+base, or larger than the rank asked for; a name that is illegal, used twice, or the base's own; a registry of another
+base; an address that others can reach, without API keys. An adapter whose record names another base is refused too,
+unless ``force`` is set.
 """
 
 import math
@@ -17,6 +18,7 @@ from qpack.adapters.trained import changes
 from qpack.checkpoint import Checkpoint
 from qpack.errors import ServeError
 from qpack.loading.base import require_packed
+from qpack.policy.skipping import EXPERT
 from serve.gate.access import is_loopback
 from serve.gate.keys import FILE_NAME as KEYS_NAME
 from serve.gate.keys import Keys
@@ -96,6 +98,7 @@ class ServeConfig:
             if self.max_loras or self.max_cpu_loras or self.max_lora_rank:
                 raise ServeError("max_loras, max_cpu_loras and max_lora_rank need an adapter, or a registry for some")
             return
+        _require_slots(base, checkpoint)
         slots = self.max_loras or min(max(len(ranks), _LEAST_SLOTS), _MOST_SLOTS)
         resident = self.max_cpu_loras or max(len(ranks), slots, _LEAST_RESIDENT)
         if resident < slots:
@@ -171,6 +174,20 @@ def _check_address(config: ServeConfig) -> None:
         f"host {config.host}: others could use the server without a key; make one with qpack keys add --registry DIR, "
         "or let them with --without-keys"
     )
+
+
+def _require_slots(base: Path, checkpoint: Checkpoint) -> None:
+    """Refuse adapters, of whatever layers, beside 4-bit experts: vLLM 0.32 would refuse to start, minutes later.
+
+    It makes slots for every layer, and can't for these: they run in no kernel of its own that adds adapters
+    (``FusedMoEWithLoRA``: "Old-style modular kernel not supported").
+    """
+    for name in sorted(checkpoint.packed):
+        if EXPERT.fullmatch(name.removesuffix(".weight")):
+            raise ServeError(
+                f"{base}: {name} is a packed expert, and vLLM has no adapters beside 4-bit experts; merge the adapter "
+                "into its base (`qpack merge`), pack the result, and serve that without a registry"
+            )
 
 
 def _registered(registry: Path | None, base: Path) -> dict[str, int]:

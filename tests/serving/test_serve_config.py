@@ -12,6 +12,7 @@ from pathlib import Path
 
 import factors
 import pytest
+from moe import write_source
 from tiny import write_llama
 
 import qpack
@@ -73,6 +74,15 @@ def test_other_machines_need_keys(packed: Path, tmp_path: Path) -> None:
 
 def test_a_base_needs_no_adapters(packed: Path) -> None:
     assert ServeConfig(packed).max_loras is None
+
+
+def test_adapters_beside_packed_experts_are_refused(tmp_path: Path) -> None:
+    """vLLM fails on them while it loads; a base alone it serves."""
+    base = tmp_path / "base"
+    qpack.convert(write_source("mixtral", tmp_path / "source"), base)
+    assert ServeConfig(base).max_loras is None
+    with pytest.raises(ServeError, match=r"experts\.0\.w1\.weight is a packed expert.*`qpack merge`"):
+        ServeConfig(base, registry=tmp_path / "registry")
 
 
 def test_an_unpacked_base_is_refused(llama: Path) -> None:
