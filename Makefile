@@ -21,10 +21,13 @@ help: ## List the targets
 demo: setup ## Run the main job on a real model: convert, train, serve, merge
 	@$(BIN)/qpack demo
 
+# Processes that the Python tests are dealt to: see tests/conftest.py.
+WORKERS ?= 2
+
 .PHONY: test
 test: setup ## Run all tests
 	@cargo test --quiet
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: lint
 lint: setup ## Check formatting, lints, types and stubs

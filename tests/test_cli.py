@@ -142,7 +142,7 @@ def test_train_takes_flags_over_the_file_and_names_the_bad_line(packed: Path, tm
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     config = tmp_path / "train.yaml"
-    config.write_text("r: 4\nmax_steps: 9\nbatch_size: 1\n")
+    config.write_text("r: 4\nmax_steps: 9\nbatch_size: 1\nsamples: 0\n")
     arguments = ("train", packed, data, "-o", tmp_path / "adapter", "--config", config, "--max-steps", 1)
     assert run(*arguments, status=1).stderr.startswith(f"error: {data}:2: ")
     assert not (tmp_path / "adapter").exists()
