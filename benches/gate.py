@@ -100,7 +100,7 @@ async def measure(directory: Path, requests: int, tokens: int, at_once: int) -> 
             keys=keys,
             queue=queue,
             limits=RequestLimits(),
-            metrics=Metrics(queue, CollectorRegistry()),
+            metrics=Metrics(queue, "base", CollectorRegistry()),
             engine_died=lambda: False,
         )
 

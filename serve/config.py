@@ -2,15 +2,18 @@
 
 Refused: a base that is not packed as NF4; adapters beside packed experts; an adapter that is malformed, of another
 base, or larger than the rank asked for; a name that is illegal, used twice, or the base's own; a registry of another
-base; an address that others can reach, without API keys. An adapter whose record names another base is refused too,
-unless ``force`` is set.
+base; an address that others can reach, without API keys; an option of vLLM that would break what is promised. An
+adapter whose record names another base is refused too, unless ``force`` is set.
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from qpack.adapters.adapter import CONFIG_NAME, Adapter
 from qpack.adapters.record import check_base
@@ -23,12 +26,17 @@ from serve.gate.access import is_loopback
 from serve.gate.keys import FILE_NAME as KEYS_NAME
 from serve.gate.keys import Keys
 from serve.gate.limits import RequestLimits
+from serve.passed_on import passed_on
 from serve.registry import Registry
 from serve.registry.registry import DATABASE_NAME
 from serve.registry.version import NAME, NAME_RULE
 
 # The ranks that vLLM can allocate slots for: MaxLoRARanks in vllm/config/lora.py.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+TRACING_PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp")
+"""What vLLM sends traces with."""
+_PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 
 # By default: adapters that come later find so many slots at least, of so large a rank; nobody pays for more unasked.
 _LEAST_SLOTS, _MOST_SLOTS = 4, 16
@@ -72,6 +80,11 @@ class ServeConfig:
     """Tokens in a prompt and its answer. By default what the model and the memory for the KV cache allow."""
     limits: RequestLimits = field(default_factory=RequestLimits)
     """What is let in."""
+    vllm_options: tuple[str, ...] = ()
+    """Options of vLLM's own, NAME or NAME=VALUE; see `serve.passed_on`."""
+    otlp_traces_endpoint: str | None = None
+    """URL of an OpenTelemetry collector that traces are sent to, by gRPC, or by HTTP if the environment variable
+    OTEL_EXPORTER_OTLP_TRACES_PROTOCOL is ``http/protobuf``."""
     drain_timeout: float = 30.0
     """Seconds that streams may take to end after SIGTERM."""
     force: bool = False
@@ -86,6 +99,9 @@ class ServeConfig:
         _check_names(base, given)
         _check_numbers(self)
         _check_address(self)
+        _check_tracing(self.otlp_traces_endpoint)
+        for option in self.vllm_options:
+            passed_on(option)
         checkpoint = require_packed(base)
         ranks = _registered(self.registry, base) | _checked_ranks(given, checkpoint, force=self.force)
 
@@ -188,6 +204,22 @@ def _require_slots(base: Path, checkpoint: Checkpoint) -> None:
                 f"{base}: {name} is a packed expert, and vLLM has no adapters beside 4-bit experts; merge the adapter "
                 "into its base (`qpack merge`), pack the result, and serve that without a registry"
             )
+
+
+def _check_tracing(endpoint: str | None) -> None:
+    if endpoint is None:
+        return
+    url = urlsplit(endpoint)
+    if url.scheme not in ("http", "https", "grpc") or not url.hostname:
+        raise ServeError(f"otlp_traces_endpoint {endpoint}: expected a URL such as http://localhost:4317")
+    protocol = os.environ.get(_PROTOCOL, "grpc")
+    if protocol not in ("grpc", "http/protobuf"):
+        raise ServeError(f"{_PROTOCOL} {protocol}: expected grpc or http/protobuf")
+    for package in TRACING_PACKAGES:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise ServeError(f"otlp_traces_endpoint needs the package {package}: install it") from None
 
 
 def _registered(registry: Path | None, base: Path) -> dict[str, int]:

@@ -60,11 +60,12 @@ class Parent:
             self._file.flush()
 
     def _listen(self) -> None:
-        if self._file.readline() == DRAIN:
-            with self._lock:
-                self.draining.set()
-                self._on_drain()
-            self._file.readline()
+        with suppress(ConnectionResetError):  # how the stream ends if the parent has not read all before it died
+            if self._file.readline() == DRAIN:
+                with self._lock:
+                    self.draining.set()
+                    self._on_drain()
+                self._file.readline()
         _end()
 
 

@@ -13,6 +13,9 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from opentelemetry import trace
+from prometheus_client import REGISTRY
+
 from serve import admin, page
 from serve.config import ServeConfig
 from serve.control import Parent
@@ -21,7 +24,9 @@ from serve.gate.gate import Gate
 from serve.gate.keys import Keys
 from serve.gate.metrics import Metrics
 from serve.gate.queue import FairQueue
+from serve.gate.tracing import Tracing
 from serve.registry import Registry
+from serve.registry.metrics import RefusalCollector
 from serve.residency import Residency
 from serve.staging import Stage
 
@@ -85,11 +90,14 @@ class Running:
             keys=serving.keys,
             queue=queue,
             limits=config.limits,
-            metrics=Metrics(queue),
+            metrics=Metrics(queue, config.name),
             engine_died=lambda: bool(engine_client.errored),
             max_model_len=engine_client.model_config.max_model_len,
             chat=bool(getattr(engine_client.get_tokenizer(), "chat_template", None)),
+            # By the provider that vLLM has made for its own spans, of the same endpoint.
+            tracing=Tracing(trace.get_tracer("qpack.serve")) if config.otlp_traces_endpoint else None,
         )
+        REGISTRY.register(RefusalCollector(self.registry))
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
         self._start(self._watch())

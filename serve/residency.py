@@ -32,10 +32,16 @@ T = TypeVar("T")
 # Storage that takes longer is broken, not slow.
 LOAD_SECONDS = 120.0
 
-RESIDENT = Gauge("qpack_adapters_resident", "Versions in the engine's memory.")
-LOADS = Histogram("qpack_adapter_load_seconds", "Time from the first lease of a version to its use.")
-FAILURES = Counter("qpack_adapter_load_failures", "Loads that failed.")
-EVICTIONS = Counter("qpack_adapter_evictions", "Versions taken out of the engine's memory.")
+# Series of versions that are not in memory would pile up: what is counted is counted by name.
+RESIDENT = Gauge("qpack_adapters_resident", "1 for each version in the engine's memory", ("adapter", "version"))
+LOADS = Histogram(
+    "qpack_adapter_load_seconds",
+    "From the first lease of a version to its use",
+    ("adapter",),
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, LOAD_SECONDS),
+)
+FAILURES = Counter("qpack_adapter_load_failures", "Loads that failed", ("adapter",))
+EVICTIONS = Counter("qpack_adapter_evictions", "Versions taken out of the engine's memory for others", ("adapter",))
 
 
 class Version(Protocol):
@@ -143,6 +149,7 @@ class Residency:
 
     async def _load(self, version: Version) -> None:
         name, began = version.id, time.monotonic()
+        adapter, _, digits = name.partition("@")
         try:
             try:
                 async with asyncio.timeout(LOAD_SECONDS):
@@ -159,13 +166,13 @@ class Residency:
                 self._places -= 1
                 raise
         except BaseException:
-            FAILURES.inc()
+            FAILURES.labels(adapter).inc()
             self._stage.drop(name)
             del self._residents[name]
             self._wake()
             raise
-        LOADS.observe(time.monotonic() - began)
-        RESIDENT.inc()
+        LOADS.labels(adapter).observe(time.monotonic() - began)
+        RESIDENT.labels(adapter, digits).set(1)
 
     def _copy(self, version: Version) -> Path:
         with self._hold(version) as source:
@@ -176,7 +183,9 @@ class Residency:
         while self._places == self.capacity:
             idle = [resident for resident in self._residents.values() if resident.idle]
             if idle:
-                await self._let_go(min(idle, key=lambda resident: (resident.version.pinned, resident.used)))
+                oldest = min(idle, key=lambda resident: (resident.version.pinned, resident.used))
+                EVICTIONS.labels(oldest.version.id.partition("@")[0]).inc()
+                await self._let_go(oldest)
             else:
                 await self._changed.wait()
         self._places += 1
@@ -187,8 +196,8 @@ class Residency:
         return self._start(self._unload(resident.version.id))
 
     async def _unload(self, name: str) -> None:
-        RESIDENT.dec()
-        EVICTIONS.inc()
+        adapter, _, digits = name.partition("@")
+        RESIDENT.remove(adapter, digits)
         await self._engine.unload(name)
         await _in_thread(lambda: self._stage.drop(name))
         del self._residents[name]

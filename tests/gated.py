@@ -2,7 +2,8 @@
 
 What the stand-in says is ``MODEL says PROMPT``, a word a token. The prompt may hold orders, each a word: ``held`` to
 wait until the test lets go, ``slow`` to wait ten times as long, ``crash`` and ``die`` to fail before the answer,
-``crash-later`` and ``die-later`` in it (who dies is dead from then on), ``nameless`` to say ``somebody`` for the model.
+``crash-later`` and ``die-later`` in it (who dies is dead from then on), ``nameless`` to say ``somebody`` for the model,
+``linger`` to do something after the answer.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
+from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -31,6 +33,7 @@ from serve.gate.keys import Keys
 from serve.gate.limits import RequestLimits
 from serve.gate.metrics import Metrics
 from serve.gate.queue import FairQueue
+from serve.gate.tracing import Tracing
 from serve.registry import Alias, Registry, Version
 
 BASE = "tiny"
@@ -88,6 +91,7 @@ class Engine:
         """Ends the waiting of who is ``held``."""
         self.asked: list[dict[str, Any]] = []
         self.request_ids: list[str | None] = []
+        self.traces: list[dict[str, str]] = []
         self.running = self.aborted = 0
         self.most_adapters = 0
         self._models: list[str] = []
@@ -97,6 +101,8 @@ class Engine:
         body = await request.json()
         self.asked.append(body)
         self.request_ids.append(request.headers.get("x-request-id"))
+        trace = {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}
+        self.traces.append(trace)
         chat = "messages" in body
         prompt = body["messages"][-1]["content"] if chat else body["prompt"]
         orders = prompt.split()
@@ -105,9 +111,12 @@ class Engine:
             return _error(400, "BadRequestError", "no such thing")
         name = "somebody" if "nameless" in orders else body["model"]
         words = [f"{word} " for word in (name, "says", *orders)]
+        after = BackgroundTask(asyncio.sleep, 5 * TOKEN_SECONDS) if "linger" in orders else None
         if body.get("stream"):
             return StreamingResponse(
-                self._stream(words, orders, metadata, body, chat=chat), media_type="text/event-stream"
+                self._stream(words, orders, metadata, body, chat=chat),
+                media_type="text/event-stream",
+                background=after,
             )
         # As vLLM's `with_cancellation`: it listens, and is not cancelled with its own task.
         work = asyncio.create_task(self._whole(words, orders, metadata, body, chat=chat))
@@ -115,7 +124,9 @@ class Engine:
         done, pending = await asyncio.wait([work, listening], return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
-        return work.result() if work in done else JSONResponse(None)
+        answer = work.result() if work in done else JSONResponse(None)
+        answer.background = after
+        return answer
 
     async def _words(self, words: list[str], orders: list[str], model: str) -> AsyncIterator[str]:
         self.running += 1
@@ -267,6 +278,7 @@ def site(
     client_host: str | None = None,
     registry: Registry | None = None,
     chat: bool = True,
+    tracing: Tracing | None = None,
 ) -> Iterator[Site]:
     """Run a gate on a free port, in a thread, over adapters of these names, or over a real registry with its routes.
 
@@ -314,10 +326,11 @@ def site(
                 keys=keys,
                 queue=queue,
                 limits=chosen,
-                metrics=Metrics(queue, metrics),
+                metrics=Metrics(queue, BASE, metrics),
                 engine_died=lambda: engine.dead,
                 max_model_len=128,
                 chat=chat,
+                tracing=tracing,
             )
             app.state.qpack = SimpleNamespace(gate=gate, registry=registry, residency=residency, takes_adapters=True)
             task = asyncio.create_task(server.serve())

@@ -26,6 +26,8 @@ from qpack.cli.options import DIRECTORY, verbosity
 @click.option(
     "--drain-timeout", type=click.FloatRange(0), default=30, show_default=True, help="Seconds to end streams in."
 )
+@click.option("--vllm", "vllm_options", metavar="NAME[=VALUE]", multiple=True, help="Option of vLLM's; repeatable.")
+@click.option("--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector to send traces to.")
 @request_limits
 @click.option("--force", is_flag=True, help="Serve adapters that were trained on another base, too.")
 @verbosity

@@ -56,7 +56,8 @@ def caller(exchange: Exchange, keys: Keys) -> Key | None:
     method, path = exchange.scope["method"], exchange.scope["path"]
     route = (method, MODEL if path.startswith(f"{MODELS}/") else path)
     scheme, token = _token(exchange.headers.get("authorization", ""))
-    if not keys.required:
+    key = keys.find(token) if token else None
+    if key is None and not keys.required:
         if scheme != "bearer":
             _require_own_site(exchange)
         _require_own_name(exchange)
@@ -66,7 +67,6 @@ def caller(exchange: Exchange, keys: Keys) -> Key | None:
     challenge = _BASIC if path in PAGE else _BEARER
     if not token:
         raise Refusal(401, "an API key is needed: send it as Authorization: Bearer KEY", headers=challenge)
-    key = keys.find(token)
     if key is None:
         raise Refusal(401, "the API key is none of this server's, or was revoked", headers=challenge)
     if scheme != "bearer":

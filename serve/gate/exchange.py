@@ -38,6 +38,8 @@ class Exchange:
         self.request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         self.extra_headers = [(b"x-request-id", self.request_id.encode())]
         """Headers that the answer gets besides its own."""
+        self.trace_headers: dict[bytes, bytes] = {}
+        """Those that the application gets in place of the client's."""
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the client has left."""
         self.status: int | None = None
@@ -190,10 +192,10 @@ class Exchange:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(seconds, call.hang_up)
         self.gone.add_done_callback(call.hang_up)
-        length = str(len(body)).encode()
-        kept = [header for header in self.scope["headers"] if header[0] not in (b"content-length", b"x-request-id")]
-        headers = [*kept, (b"content-length", length), (b"x-request-id", self.request_id.encode())]
-        scope = {**self.scope, "headers": headers, "state": {**self.scope.get("state", {})}}
+        own = {b"content-length": str(len(body)).encode(), b"x-request-id": self.request_id.encode()}
+        ours = own | self.trace_headers
+        kept = [header for header in self.scope["headers"] if header[0] not in ours]
+        scope = {**self.scope, "headers": [*kept, *ours.items()], "state": {**self.scope.get("state", {})}}
         try:
             await app(scope, call.receive, call.send)
         except Exception as error:

@@ -17,7 +17,7 @@ from serve.gate.queue import FairQueue
 def figures(base: str, metrics: Metrics, queue: FairQueue) -> dict[str, Any]:
     """What is in the engine and before it, and what each model has been asked since the start.
 
-    ``models`` has the base by its name and versions by their ids, if they have been asked anything. ``seconds`` is a
+    ``models`` has the base by its name, and by their ids the versions that have been asked anything. ``seconds`` is a
     clock that is never set; ``first_tokens`` counts the streams whose times ``first_token_seconds`` adds up.
     """
     models: defaultdict[str, dict[str, float]] = defaultdict(dict)
@@ -29,8 +29,8 @@ def figures(base: str, metrics: Metrics, queue: FairQueue) -> dict[str, Any]:
     ):
         for model, value in _sums(family, suffix).items():
             models[model][key] = value
-    for adapter, (running, waiting) in queue.requests.items():
-        models[str(adapter or base)] |= {"running": running, "waiting": waiting}
+    for one in queue.present():
+        models[str(one.adapter or base)] |= {"running": one.inside, "waiting": one.waiting}
     return {
         "seconds": time.monotonic(),
         "running": queue.inside,

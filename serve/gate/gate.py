@@ -34,6 +34,7 @@ from serve.gate.question import Question
 from serve.gate.queue import FairQueue, QueueFull, Turn
 from serve.gate.refusal import Refusal
 from serve.gate.shadow import Heard, Shadows
+from serve.gate.tracing import Tracing
 from serve.gate.visit import Visit
 from serve.registry import Version
 from serve.routes import App, Message, Receive, Send
@@ -76,6 +77,7 @@ class Gate:
         engine_died: whether the engine will never answer again.
         max_model_len: tokens of a prompt and its answer, for the list of models.
         chat: whether the models have a chat template, for that list.
+        tracing: traces completions.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class Gate:
         engine_died: Callable[[], bool],
         max_model_len: int | None = None,
         chat: bool = True,
+        tracing: Tracing | None = None,
     ) -> None:
         self._base, self._catalogue, self._lease, self._keys, self._queue = base, catalogue, lease, keys, queue
-        self._limits, self._metrics, self._engine_died = limits, metrics, engine_died
+        self._limits, self._metrics, self._engine_died, self._tracing = limits, metrics, engine_died, tracing
         self._said = {"max_model_len": max_model_len, "chat": chat}
         self._started = time.time()
         self._budgets = Budgets()
@@ -134,19 +137,20 @@ class Gate:
                 return await exchange.refuse(Refusal(503, self._closed, retry_after=5))
             return await app(scope, receive, exchange.send)
         visit = Visit(exchange, _now())
-        try:
-            await self._pass(app, visit)
-        except Refusal as refusal:
-            visit.reason = str(refusal)
-            await exchange.refuse(refusal)
-        except ClientGone:
-            visit.left = True
-        except BaseException as error:
-            visit.reason = f"{type(error).__name__}: {error}"
-            exchange.status = exchange.status or 500
-            raise
-        finally:
-            visit.end(self._metrics)
+        with self._tracing.span(visit) if self._tracing and scope["path"] in COMPLETIONS else nullcontext():
+            try:
+                await self._pass(app, visit)
+            except Refusal as refusal:
+                visit.reason = str(refusal)
+                await exchange.refuse(refusal)
+            except ClientGone:
+                visit.left = True
+            except BaseException as error:
+                visit.reason = f"{type(error).__name__}: {error}"
+                exchange.status = exchange.status or 500
+                raise
+            finally:
+                visit.end(self._metrics)
 
     async def _pass(self, app: App, visit: Visit) -> None:
         exchange = visit.exchange
@@ -193,30 +197,30 @@ class Gate:
             question = Question.parse(raw, self._limits, exchange.headers.get("x-session-id"))
             visit.model = question.model or self._base
             self._forget_what_is_gone()
-            self._find(question, key)  # what isn't there costs no tokens
+            version = self._find(question, key)  # what isn't there costs no tokens
             if budget:
                 budget.take(question.tokens, _now())
             try:
                 async with exchange.watched():
-                    await self._answer(app, visit, question, end)
+                    await self._answer(app, visit, question, version, end)
             finally:
                 if budget:
                     budget.correct(visit.tokens - question.tokens, _now())
 
-    async def _answer(self, app: App, visit: Visit, question: Question, end: float) -> None:
+    async def _answer(self, app: App, visit: Visit, question: Question, version: Version | None, end: float) -> None:
         """Wait for a place in the engine and for the adapter to be there, and let the application answer.
 
         Where the adapter's version has left the registry before its turn, the alias's next one answers.
         """
         for _ in range(_ATTEMPTS):
-            version = self._find(question, visit.key)
             visit.adapter, _, visit.version = (version.id if version else self._base).partition("@")
             async with AsyncExitStack() as stack:
                 try:
                     turn = await self._enter(stack, visit, question, version, end)
                 except ServeError as error:
                     logger.warning("%s", error)
-                    if version != self._find(question, visit.key):
+                    failed, version = version, self._find(question, visit.key)
+                    if version != failed:
                         continue  # the alias was flipped meanwhile
                     raise Refusal(503, f"{visit.model} can't be loaded now, ask again", retry_after=5) from error
                 return await self._forward(app, visit, question, turn, end)
@@ -245,6 +249,7 @@ class Gate:
                     turn.warm()
                 if broken := self._broken():
                     raise broken  # it died meanwhile
+                visit.entered = _now()
                 return turn
         except QueueFull as full:
             raise Refusal(429, "too many requests are waiting", retry_after=full.retry_after) from None

@@ -4,7 +4,11 @@ The labels are ``adapter``, a name, and ``version``, the digits of its digest; f
 that a client has made up is never a label: who asks for what isn't there is counted under no adapter.
 """
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from serve.gate.queue import FairQueue
 
@@ -14,11 +18,17 @@ _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1)
 
 
 class Metrics:
-    """What the gate counts. One a process, but for tests, which give registries of their own."""
+    """What the gate counts. One a process, but for tests, which give registries of their own.
 
-    def __init__(self, queue: FairQueue, registry: CollectorRegistry = REGISTRY) -> None:
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, _LABELS, buckets=buckets, registry=registry)
+    Args:
+        queue: whose state is told at each scrape.
+        base: the name of the base.
+        registry: where it can be scraped.
+    """
+
+    def __init__(self, queue: FairQueue, base: str, registry: CollectorRegistry = REGISTRY) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, (*_LABELS, *labels), buckets=buckets, registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, (*_LABELS, *labels), registry=registry)
@@ -32,16 +42,14 @@ class Metrics:
             "qpack_time_to_first_token_seconds", "From a streamed request to its first token", _SECONDS
         )
         self.token_seconds = histogram(
-            "qpack_time_per_output_token_seconds", "Between the tokens of a streamed answer, its mean", _TOKEN_SECONDS
+            "qpack_time_per_output_token_seconds",
+            "Mean time between the tokens of a stream; of whole answers, time in the engine over tokens",
+            _TOKEN_SECONDS,
+            "streamed",
         )
         self.shadows = counter("qpack_shadow_answers", "Answers of shadows against those that clients got", "result")
-        for name, text, value in (
-            ("qpack_requests_waiting", "Requests before the engine", lambda: queue.waiting),
-            ("qpack_requests_running", "Requests in the engine", lambda: queue.inside),
-            ("qpack_adapters_running", "Adapters with a slot", lambda: len(queue.holders)),
-            ("qpack_adapter_slots", "Slots for adapters", lambda: queue.slots),
-        ):
-            Gauge(name, text, registry=registry).set_function(value)
+        self._queue = queue
+        registry.register(_Queue(queue, base))
 
     def forget(self, adapter: str, version: str) -> None:
         """Drop the series of a version that is gone for good."""
@@ -56,3 +64,34 @@ class Metrics:
             self.shadows,
         ):
             family.remove_by_labels({"adapter": adapter, "version": version})
+        self._queue.swaps.pop(f"{adapter}@{version}", None)
+
+
+class _Queue(Collector):
+    """What the queue says of itself when it is asked."""
+
+    def __init__(self, queue: FairQueue, base: str) -> None:
+        self._queue, self._base = queue, base
+
+    def collect(self) -> Iterator[Metric]:
+        """Tell who is where."""
+        waiting = GaugeMetricFamily("qpack_requests_waiting", "Requests before the engine", labels=_LABELS)
+        running = GaugeMetricFamily("qpack_requests_running", "Requests in the engine", labels=_LABELS)
+        holding = GaugeMetricFamily("qpack_adapters_running", "1 for each adapter that has a slot", labels=_LABELS)
+        swaps = CounterMetricFamily(
+            "qpack_adapter_swaps", "Slots that were given to an adapter which was not in them", labels=_LABELS
+        )
+        for one in self._queue.present():
+            labels = self._labels(one.adapter)
+            waiting.add_metric(labels, one.waiting)
+            running.add_metric(labels, one.inside)
+            if one.has_slot:
+                holding.add_metric(labels, 1)
+        for adapter, count in [*self._queue.swaps.items()]:
+            swaps.add_metric(self._labels(adapter), count)
+        yield from (waiting, running, holding, swaps)
+        yield GaugeMetricFamily("qpack_adapter_slots", "Slots for adapters", self._queue.slots)
+
+    def _labels(self, adapter: object) -> Sequence[str]:
+        name, _, version = (self._base if adapter is None else str(adapter)).partition("@")
+        return name, version

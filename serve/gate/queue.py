@@ -22,7 +22,7 @@ Refused: preemption. vLLM can set a request aside only by computing it again.
 
 import asyncio
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Hashable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -80,6 +80,16 @@ class _Flow:
         return any(line.waiting for line in self.lines.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Present:
+    """What one adapter, or the base, has in the queue at one moment."""
+
+    adapter: Hashable
+    waiting: int
+    inside: int
+    has_slot: bool
+
+
 class Turn:
     """A request's stay in the engine."""
 
@@ -123,19 +133,28 @@ class FairQueue:
         self._without_slot: dict[_Flow, None] = {}  # flows with requests in line, in the order of their turns
         self._now = 0.0
         self._stay = 1.0  # mean seconds in the engine, of about the last ten requests
-
-    @property
-    def requests(self) -> dict[Hashable | None, tuple[int, int]]:
-        """How many are in the engine and how many wait, by adapter; None is the base."""
-        return {
-            name: (flow.inside, sum(len(line.waiting) for line in flow.lines.values()))
-            for name, flow in self._flows.items()
-        }
+        self._seated: dict[Hashable, None] = {}
+        self.swaps: Counter[Hashable] = Counter()
+        """How often each adapter was given a slot that it was not in before."""
 
     @property
     def holders(self) -> list[Hashable]:
         """Adapters that have a slot."""
         return [flow.adapter for flow in self._holders]
+
+    def present(self) -> list[Present]:
+        """Who is here now, the base always, so that there is a sum; from any thread."""
+        flows = self._flows.copy()
+        flows.setdefault(None, _Flow(None, 0.0))
+        return [
+            Present(
+                flow.adapter,
+                sum(len(line.waiting) for line in [*flow.lines.values()]),
+                flow.inside,
+                flow in self._holders,
+            )
+            for flow in flows.values()
+        ]
 
     @asynccontextmanager
     async def turn(
@@ -278,6 +297,8 @@ class FairQueue:
 
     def _ending(self) -> list[_Flow]:
         """The holders that let nobody in any more, since their turn is over and others wait for their slots."""
+        if not self._without_slot:
+            return []
         now = asyncio.get_running_loop().time()
         ends = {flow: flow.began + self.quantum * flow.weight for flow in self._holders if flow.began is not None}
         over = sorted((flow for flow, end in ends.items() if end <= now), key=lambda flow: ends[flow])
@@ -292,14 +313,33 @@ class FairQueue:
             del self._without_slot[flow]
         for flow in self._ending():
             if not flow.inside:
-                del self._holders[flow]
+                self._stand_up(flow)
                 if flow.waiting:
                     self._without_slot[flow] = None
         for flow in [flow for flow in self._holders if not flow.inside and not flow.waiting]:
-            del self._holders[flow]
+            self._stand_up(flow)
         while self._without_slot and len(self._holders) < self.slots:
             flow = next(iter(self._without_slot))
             del self._without_slot[flow]
-            self._holders[flow] = None
+            self._sit_down(flow)
             flow.cold, flow.began = True, None
             flow.served = max(flow.served, self._now)  # turns are shared by time; waiting for one earns no places
+
+    def _sit_down(self, flow: _Flow) -> None:
+        """Give a slot: the adapter's own where it still is in one, else that of the one which left longest ago.
+
+        vLLM chooses its slots so, too; only the latter makes it copy weights.
+        """
+        if flow.adapter not in self._seated:
+            self.swaps[flow.adapter] += 1
+            if len(self._seated) == self.slots:
+                holding = {holder.adapter for holder in self._holders}
+                del self._seated[next(adapter for adapter in self._seated if adapter not in holding)]
+        self._seated[flow.adapter] = None
+        self._holders[flow] = None
+
+    def _stand_up(self, flow: _Flow) -> None:
+        """Take a slot back; the adapter's weights stay in it until another one needs it."""
+        del self._holders[flow]
+        del self._seated[flow.adapter]
+        self._seated[flow.adapter] = None  # the last to go

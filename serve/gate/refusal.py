@@ -2,7 +2,7 @@
 
 import json
 
-# The classes that the openai package raises for these.
+# Named as vLLM names its own errors, by the classes of OpenAI's client, or as such a class would be called.
 _TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",

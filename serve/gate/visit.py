@@ -35,6 +35,8 @@ class Visit:
     """The digits of its digest; empty for the base."""
     queue_seconds: float | None = None
     load_seconds: float | None = None
+    entered: float | None = None
+    """When it had its turn and its adapter."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     left: bool = False
@@ -52,6 +54,16 @@ class Visit:
         """Of prompt and answer."""
         return self.prompt_tokens + self.output_tokens
 
+    @property
+    def answered_by(self) -> str | None:
+        """The version's id, or the name of the base; None if nothing was to answer."""
+        return "@".join(label for label in self.labels if label) or None
+
+    @property
+    def status(self) -> int:
+        """Of the answer, when all has been sent."""
+        return CLIENT_GONE if self.left else self.exchange.status or 500
+
     def count(self, question: Question, state: Mapping[str, Any]) -> None:
         """Take the tokens from the application's state of the request, or what is known of an answer that broke off."""
         usage = getattr(state.get("request_metadata"), "final_usage_info", None)
@@ -64,7 +76,7 @@ class Visit:
     def end(self, metrics: Metrics) -> None:
         """Write it down, when all has been sent."""
         exchange = self.exchange
-        status = CLIENT_GONE if self.left else exchange.status or 500
+        status = self.status
         reason = "the client left" if self.left else self.reason or exchange.error
         if self.completion:
             self._count(metrics, "error" if exchange.error else str(status))
@@ -83,7 +95,7 @@ class Visit:
             first = exchange.first_byte if exchange.streaming else None
             line |= {
                 "model": self.model,
-                "version": "@".join(label for label in self.labels if label) or None,
+                "version": self.answered_by,
                 "queue_seconds": _rounded(self.queue_seconds),
                 "load_seconds": _rounded(self.load_seconds),
                 "first_token_seconds": _rounded(first and first - self.came),
@@ -107,7 +119,11 @@ class Visit:
             metrics.first_token_seconds.labels(*labels).observe(exchange.first_byte - self.came)
             if self.output_tokens > 1:
                 each = (exchange.last_byte - exchange.first_byte) / (self.output_tokens - 1)
-                metrics.token_seconds.labels(*labels).observe(each)
+                metrics.token_seconds.labels(*labels, "true").observe(each)
+        elif exchange.status == 200 and self.output_tokens and self.entered and exchange.last_byte is not None:
+            # The prompt's part is in it: what vLLM tells of a whole answer is its end.
+            each = (exchange.last_byte - self.entered) / self.output_tokens
+            metrics.token_seconds.labels(*labels, "false").observe(each)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -17,7 +17,8 @@ import re
 import resource
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -74,10 +75,31 @@ class Refused:
 
     reason: str
     status: int
+    kind: str
+    """One word for it: what refusals are counted by."""
 
 
 class _TooLargeError(QpackError):
     """What could not even be looked at."""
+
+
+class _OfKindError(AdapterError):
+    """What cannot be served, and one word for why."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@contextmanager
+def _about(kind: str) -> Iterator[None]:
+    """Say of what kind it is that the block refuses."""
+    try:
+        yield
+    except _TooLargeError:
+        raise
+    except QpackError as error:
+        raise _OfKindError(kind, str(error)) from error
 
 
 def check(order: Order) -> Checked:
@@ -88,18 +110,24 @@ def check(order: Order) -> Checked:
         CheckpointError: if the base cannot be read.
     """
     directory = Path(order.adapter)
-    _require_safetensors(directory)
-    adapter = Adapter.open_header(directory)
-    adapter.require_plain()
-    if not order.any_base:
-        _require_record_of(order.fingerprint, adapter)
+    with _about("malformed"):
+        _require_safetensors(directory)
+        adapter = Adapter.open_header(directory)
+    with _about("unsupported"):
+        adapter.require_plain()
+    with _about("base"):
+        if not order.any_base:
+            _require_record_of(order.fingerprint, adapter)
     base = Checkpoint.open(order.base)
-    changes(adapter, base, ())
-    _require_linear(adapter, base)
-    _require_whole_experts(adapter, base)
-    if adapter.rank > order.max_rank:
-        raise AdapterError(f"{directory}: rank {adapter.rank} is over the limit of {order.max_rank}")
-    _require_16_bits(adapter)
+    with _about("tensors"):
+        changes(adapter, base, ())
+        _require_linear(adapter, base)
+        _require_whole_experts(adapter, base)
+    with _about("rank"):
+        if adapter.rank > order.max_rank:
+            raise AdapterError(f"{directory}: rank {adapter.rank} is over the limit of {order.max_rank}")
+    with _about("values"):
+        _require_16_bits(adapter)
     config = canonical_config(adapter)
     digest = sha256(f"{adapter.fingerprint()}\n{config}".encode()).hexdigest()
     return Checked(digest, adapter.rank, config)
@@ -222,9 +250,11 @@ def main() -> None:
     try:
         answer = check(order)
     except _TooLargeError as error:
-        answer = Refused(str(error), 413)
+        answer = Refused(str(error), 413, "too large")
     except MemoryError:
-        answer = Refused(f"{order.adapter}: needs more than {order.memory} bytes of memory to check", 413)
-    except QpackError as error:
-        answer = Refused(str(error), 422)
+        answer = Refused(f"{order.adapter}: needs more than {order.memory} bytes of memory to check", 413, "too large")
+    except _OfKindError as error:
+        answer = Refused(str(error), 422, error.kind)
+    except QpackError as error:  # the base cannot be read
+        answer = Refused(str(error), 422, "base")
     print(json.dumps(asdict(answer)))

@@ -61,6 +61,14 @@ CREATE TABLE shadows (
 ) STRICT;
 """
 
+# Came later; what knows nothing of it leaves it alone.
+_REFUSALS = """
+CREATE TABLE IF NOT EXISTS refusals (
+    kind TEXT PRIMARY KEY,
+    number INTEGER NOT NULL
+) STRICT
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -156,6 +164,7 @@ class Database:
                 self.run(f"PRAGMA user_version = {_FORMAT}")
             elif found != _FORMAT:
                 raise RegistryError(f"{self._path}: format is {found}, expected {_FORMAT}", 409)
+            self.run(_REFUSALS)
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -152,6 +152,10 @@ class Registry:
         """Keep the files of ``version`` until the block ends, also if it is removed meanwhile."""
         return self._files.hold(version.digest)
 
+    def refusals(self) -> Mapping[str, int]:
+        """How many adapters were refused since there is this registry, by any process, by `RegistryError.kind`."""
+        return dict(self._database.rows("SELECT kind, number FROM refusals ORDER BY kind"))
+
     # ---- changing --------------------------------------------------------------------------------
 
     def add(self, name: str, source: Path, *, by: str, promote: bool = True) -> Version:
@@ -165,6 +169,17 @@ class Registry:
             RegistryError: for a bad name, and with the reason why this adapter cannot be served.
             CheckpointError: if the base cannot be read.
         """
+        try:
+            return self._add(name, source, by, promote)
+        except RegistryError as error:
+            with suppress(RegistryError), self._database.alone():
+                self._database.run(
+                    "INSERT INTO refusals VALUES (?, 1) ON CONFLICT (kind) DO UPDATE SET number = number + 1",
+                    error.kind,
+                )
+            raise
+
+    def _add(self, name: str, source: Path, by: str, promote: bool) -> Version:
         require_name(name)
         if name == Path(self.bound.base).name:
             raise RegistryError(f"the name {name!r} is the base's own", 409)

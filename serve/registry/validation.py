@@ -51,7 +51,9 @@ def validate(adapter: Path, base: Path, fingerprint: str, limits: Limits, *, sho
         raise RegistryError(_one_line(f"{shown}: cannot be read as an adapter ({last})"))
     answer = json.loads(done.stdout)
     if "reason" in answer:
-        raise RegistryError(_one_line(answer["reason"].replace(str(adapter), str(shown))), answer["status"])
+        raise RegistryError(
+            _one_line(answer["reason"].replace(str(adapter), str(shown))), answer["status"], answer["kind"]
+        )
     return Checked(**answer)
 
 

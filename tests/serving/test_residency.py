@@ -6,11 +6,12 @@ What the real engine does with the same calls is in test_endpoint.py.
 import asyncio
 import os
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from qpack.errors import ServeError
 from serve import residency
@@ -80,8 +81,32 @@ def test_a_version_is_loaded_once_for_all_who_ask(stage: Stage, stored: dict[str
         await asyncio.gather(*(ask() for _ in range(5)))
         assert engine.log == ["+a@1"]
         assert room.resident == ["a@1"]
+        assert REGISTRY.get_sample_value("qpack_adapters_resident", {"adapter": "a", "version": "1"}) == 1
 
     asyncio.run(run())
+
+
+def test_what_is_counted(stage: Stage, stored: dict[str, Stored]) -> None:
+    def figure(name: str, **labels: str) -> float | None:
+        return REGISTRY.get_sample_value(f"qpack_adapter{name}", labels)
+
+    async def run() -> None:
+        engine = NotingEngine(1)
+        engine.broken = {"counted-2@1"}
+        room = Residency(engine, stage, hold, 1)
+        for number in range(3):
+            with suppress(ServeError):
+                async with room.lease(Stored(f"counted-{number}@1", stored["a"].path)):
+                    pass
+        room.follow([])  # that is no eviction
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    names = [f"counted-{number}" for number in range(3)]
+    assert [figure("_load_seconds_count", adapter=name) for name in names] == [1, 1, None]
+    assert [figure("_load_failures_total", adapter=name) for name in names] == [None, None, 1]
+    assert [figure("_evictions_total", adapter=name) for name in names] == [1, 1, None]
+    assert [figure("s_resident", adapter=name, version="1") for name in names] == [None] * 3
 
 
 def test_the_least_recently_used_goes_and_a_pinned_one_last(stage: Stage, stored: dict[str, Stored]) -> None:

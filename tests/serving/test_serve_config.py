@@ -137,6 +137,22 @@ def test_bad_numbers_are_refused(
         ServeConfig(packed, adapters, **options)  # type: ignore[arg-type]  # mypy reads the options as any field
 
 
+@pytest.mark.parametrize("endpoint", ["localhost:4317", "http://", "file:///spans"])
+def test_an_endpoint_for_traces_is_a_url(packed: Path, endpoint: str) -> None:
+    assert ServeConfig(packed, otlp_traces_endpoint="http://localhost:4317").otlp_traces_endpoint
+    with pytest.raises(ServeError, match=re.escape(f"otlp_traces_endpoint {endpoint}: expected a URL")):
+        ServeConfig(packed, otlp_traces_endpoint=endpoint)
+
+
+def test_traces_need_their_protocol_and_packages(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ServeError, match=r"PROTOCOL http/json: expected grpc or http/"):
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json")
+        ServeConfig(packed, otlp_traces_endpoint="http://localhost:4318")
+    monkeypatch.setattr("serve.config.TRACING_PACKAGES", ("opentelemetry-sdk", "opentelemetry-nowhere"))
+    with pytest.raises(ServeError, match="otlp_traces_endpoint needs the package opentelemetry-nowhere: install it"):
+        ServeConfig(packed, otlp_traces_endpoint="http://localhost:4317")
+
+
 @pytest.mark.parametrize("option", ["max_loras", "max_lora_rank"])
 def test_slots_without_adapters_are_refused(packed: Path, option: str) -> None:
     with pytest.raises(ServeError, match="need an adapter, or a registry"):

@@ -4,6 +4,7 @@ The real engine's start, death and drain are in test_endpoint.py.
 """
 
 import json
+import pickle
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+import openai
 import pytest
 
 from serve.launch import listen
@@ -146,6 +148,10 @@ def test_nobody_is_refused_from_start_to_drain(supervised: Supervised) -> None:
     assert status == 503
     assert json.loads(body)["error"]["message"] == "the engine is loading, ask again"
     assert supervised.get("/health") == (503, '{"status": "loading"}')
+    with openai.OpenAI(base_url=f"{supervised.url}/v1", api_key="any", max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError, match="the engine is loading, ask again") as told:
+            client.completions.create(model="any", prompt="hello")
+    assert (told.value.status_code, told.value.type) == (503, "ServiceUnavailableError")
 
     supervised.go()
     supervised.until(supervised.serves)
@@ -227,6 +233,25 @@ def test_a_child_does_not_outlive_its_parent(supervised: Supervised) -> None:
     child = int(supervised.get()[1])
     supervised.process.send_signal(signal.SIGKILL)
     supervised.until(lambda: not _alive(child))
+
+
+def test_a_child_ends_though_its_parent_died_without_listening() -> None:
+    """The stream then ends in an error."""
+    program = (
+        "import socket, sys, time\n"
+        "from serve.control import Parent\n"
+        "parent = Parent(socket.socket(fileno=int(sys.argv[1])))\n"
+        "parent.receive()\n"
+        "parent.ready()\n"
+        "time.sleep(60)\n"
+    )
+    ours, theirs = socket.socketpair()
+    with theirs, ours:
+        child = subprocess.Popen([sys.executable, "-c", program, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        theirs.close()
+        ours.sendall(pickle.dumps("what to serve"))
+        assert ours.recv(1, socket.MSG_PEEK), "it is ready, and nobody reads that"
+    assert child.wait(30) == -signal.SIGTERM
 
 
 def _alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_time import run
 
-from serve.gate.queue import FairQueue, NoneSpare, QueueFull
+from serve.gate.queue import FairQueue, NoneSpare, Present, QueueFull
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,78 @@ def test_a_pause_saves_nothing_up() -> None:
     later = [Request(10 + n / 1024, None, "y") for n in range(20)]
     seen = traffic(FairQueue(1, 0), *first, *later)
     assert "".join(request.caller for request in seen.order[:18]) == "x" * 10 + "yx" * 4
+
+
+def test_the_wait_for_a_slot_earns_no_places() -> None:
+    """An adapter that has waited for its slot while the base was served a lot shares the places from then on."""
+    flood = [Request(n / 1024, adapter, f"{n}") for n in range(20) for adapter in (None, "a")]
+    others = [Request(0.5 + n / 1024, "b", f"{n}") for n in range(20)]
+    seen = traffic(FairQueue(1, 1, quantum=8.0), *flood, *others)
+    order = "".join(request.adapter or "-" for request in seen.order)
+    began = order.index("b")
+    assert began >= 8
+    assert order[began : began + 6] in ("b-b-b-", "bb-b-b")
+
+
+def test_who_comes_back_has_saved_nothing_up_either() -> None:
+    """A caller whose account was kept, since it had had more than its share, is not owed what others got meanwhile."""
+
+    async def order() -> str:
+        queue, entered = FairQueue(2, 0), []
+
+        async def send(at: float, caller: str, seconds: float, cost: float) -> None:
+            await asyncio.sleep(at)
+            async with queue.turn(None, caller, cost=cost):
+                entered.append(caller)
+                await asyncio.sleep(seconds)
+
+        await asyncio.gather(
+            send(0.0, "y", 1, 5.0),  # y has had 5 more than x when it leaves
+            send(0.5, "x", 9, 30.0),
+            send(2.0, "x", 8, 1.0),  # x has had 30, and nobody has left since: the present is there
+            *(send(3.0, caller, 1, 10.0) for _ in range(4) for caller in "xy"),
+        )
+        return "".join(entered)
+
+    assert run(order()).startswith("yxxyxyx")
+
+
+def test_swaps_are_slots_that_change_hands() -> None:
+    async def swaps() -> list[Counter[object]]:
+        queue, seen = FairQueue(4, 2), []
+
+        async def ask(*adapters: str | None) -> None:
+            async def stay(adapter: str | None) -> None:
+                async with queue.turn(adapter) as turn:
+                    turn.warm()
+                    await asyncio.sleep(1)
+
+            await asyncio.gather(*(stay(adapter) for adapter in adapters))
+            seen.append(queue.swaps.copy())
+
+        for adapters in (["a"], ["a", None], ["a", "b"], ["b"], ["c"], ["b"], ["a"]):
+            await ask(*adapters)
+        return seen
+
+    first, again, second, *_, third, kept, back = run(swaps())
+    assert first == again == {"a": 1}
+    assert second == {"a": 1, "b": 1}
+    assert third == {"a": 1, "b": 1, "c": 1}
+    assert kept == third, "c has taken the slot that a left longest ago"
+    assert back == {"a": 2, "b": 1, "c": 1}
+
+
+def test_who_is_here() -> None:
+    async def present() -> set[Present]:
+        queue = FairQueue(1, 1)
+        sent = [Request(0.0, "a", "x"), Request(0.1, "a", "y"), Request(0.2, "b")]
+        others = asyncio.create_task(Traffic(queue).run(*sent))
+        await asyncio.sleep(0.5)
+        seen = {*queue.present()}
+        await others
+        return seen
+
+    assert run(present()) == {Present(None, 0, 0, False), Present("a", 1, 1, True), Present("b", 1, 0, False)}
 
 
 def test_a_load_that_hangs_takes_one_place() -> None:

@@ -184,6 +184,18 @@ def test_a_large_body_is_refused_while_it_comes(running: Site) -> None:
     assert not running.engine.asked
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(running: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.gate.exchange._BODY_SECONDS", 0.2)
+    host, port = running.url.removeprefix("http://").split(":")
+    with closing(socket.create_connection((host, int(port)), timeout=10)) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
+        answer = b""
+        while piece := raw.recv(65536):  # until the connection is closed
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"the body did not come within" in answer
+
+
 def test_request_ids_are_honoured_or_made(running: Site) -> None:
     assert running.ask(headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
     made = running.ask(headers={"x-request-id": "a b\tc"}).headers["x-request-id"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -86,6 +87,27 @@ def test_at_a_time(running: Site, tmp_path: Path) -> None:
         running.engine.let_go.set()
         assert [request.result().status_code for request in held] == [200] * 2
     assert running.ask(token=token).status_code == 200
+
+
+def test_weights_of_adapters_and_of_keys(tmp_path: Path) -> None:
+    """While a request holds the only place, eight wait on either side; those of weight 3 get three places of four."""
+    with closing(Keys(tmp_path)) as keys:
+        tokens = {"heavy": keys.add("heavy", weight=3.0)[1], "light": keys.add("light")[1]}
+    limits = RequestLimits(weights={"support": 3.0})
+
+    def first_eight(*sides: tuple[str, str, str]) -> list[str]:
+        with site(tmp_path, places=1, limits=limits) as running, ThreadPoolExecutor(17) as pool:
+            pool.submit(running.ask, "held", token=tokens["light"])
+            until(lambda: running.queue.inside == 1)
+            for prompt, model, key in sides * 8:
+                pool.submit(running.ask, prompt, model, tokens[key])
+            until(lambda: running.queue.waiting == 16)
+            running.engine.let_go.set()
+            until(lambda: len(running.engine.asked) == 9)
+            return sorted(asked["prompt"] for asked in running.engine.asked[1:9])
+
+    assert first_eight(("a", "support", "light"), ("b", "billing", "light")) == ["a"] * 6 + ["b"] * 2
+    assert first_eight(("a", "billing", "heavy"), ("b", "billing", "light")) == ["a"] * 6 + ["b"] * 2
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -193,6 +215,40 @@ def test_a_drain(running: Site) -> None:
         idle.result(timeout=5)
 
 
+def test_the_openai_package_understands_all_of_it(tmp_path: Path) -> None:
+    """What else it may be told is in test_gate_completions.py and test_gate_access.py."""
+    limits = RequestLimits(max_waiting=1, max_body_bytes=2000)
+    with (
+        site(tmp_path, places=1, limits=limits) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+
+        def refused(expected: type[openai.APIStatusError], **options: Any) -> tuple[int, str | None, str]:
+            with pytest.raises(expected) as caught:
+                client.completions.create(**{"model": "support", "prompt": "x", **options})
+            assert caught.value.type
+            return caught.value.status_code, caught.value.response.headers.get("retry-after"), caught.value.type
+
+        assert refused(openai.BadRequestError, n=99) == (400, None, "BadRequestError")
+        assert refused(openai.APIStatusError, prompt="x" * 3000) == (413, None, "RequestTooLargeError")
+        busy = pool.submit(running.ask, "held")
+        until(lambda: running.queue.inside == 1)
+        late = {"x-request-timeout": "0.05"}
+        assert refused(openai.InternalServerError, extra_headers=late) == (504, None, "APITimeoutError")
+        waits = pool.submit(running.ask, "x")
+        until(lambda: running.queue.waiting == 1)
+        assert refused(openai.RateLimitError)[::2] == (429, "RateLimitError")
+        running.engine.dead = True
+        assert refused(openai.InternalServerError) == (503, "10", "ServiceUnavailableError")
+        running.engine.dead = False
+        running.call(running.gate.close, "the server is stopping")
+        until(lambda: running.ask().status_code == 503)
+        assert refused(openai.InternalServerError) == (503, "5", "ServiceUnavailableError")
+        running.engine.let_go.set()
+        assert (busy.result().status_code, waits.result().status_code) == (200, 200)
+
+
 def test_a_dead_engine_is_a_503(running: Site) -> None:
     answer = running.ask("die", "support")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
@@ -270,8 +326,10 @@ def test_who_waits_when_the_engine_dies_is_told(tmp_path: Path) -> None:
     """One waits for its adapter, another one for the slot."""
     with site(tmp_path, slots=1) as running, ThreadPoolExecutor(2) as pool:
         running.residency.seconds["support@000000000000"] = 60
-        waiting = [pool.submit(running.ask, "hello", name) for name in ("support", "billing")]
-        until(lambda: (running.queue.inside, running.queue.waiting) == (1, 1))
+        waiting = [pool.submit(running.ask, "hello", "support")]
+        until(lambda: running.queue.inside == 1)
+        waiting.append(pool.submit(running.ask, "hello", "billing"))
+        until(lambda: running.queue.waiting == 1)
         running.engine.dead = True
         running.call(running.gate.give_up)
         for answer in (one.result(10) for one in waiting):

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 from gated import BASE, TOKEN_SECONDS, Site, alias, site, version
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from serve.gate.keys import Keys
 from serve.gate.shadow import Heard
+from serve.gate.tracing import Tracing
 
 LABELS = {"adapter": "support", "version": "000000000000"}
 
@@ -79,10 +83,11 @@ def test_figures_of_this_moment(running: Site) -> None:
 
 
 def test_times_of_streams(running: Site) -> None:
+    streamed = LABELS | {"streamed": "true"}
     running.ask("slow slow", "support", stream=True)
-    until(lambda: running.figure("qpack_time_per_output_token_seconds_count", **LABELS) == 1)
+    until(lambda: running.figure("qpack_time_per_output_token_seconds_count", **streamed) == 1)
     first = running.figure("qpack_time_to_first_token_seconds_sum", **LABELS)
-    each = running.figure("qpack_time_per_output_token_seconds_sum", **LABELS)
+    each = running.figure("qpack_time_per_output_token_seconds_sum", **streamed)
     assert first and each
     assert first >= 10 * TOKEN_SECONDS
     assert 9 * TOKEN_SECONDS < each < 30 * TOKEN_SECONDS
@@ -90,17 +95,86 @@ def test_times_of_streams(running: Site) -> None:
     assert running.figure("qpack_time_to_first_token_seconds_count", **LABELS) == 1, "not of whole answers"
 
 
-def test_the_present_is_shown(running: Site) -> None:
-    with (
-        running.client() as http,
-        http.stream(
-            "POST", "/v1/completions", json={"prompt": "slow slow", "model": "support", "stream": True}
-        ) as stream,
-    ):
-        pieces = stream.iter_bytes()
-        next(pieces)
-        shown = [running.figure(f"qpack_{name}") for name in ("requests_running", "adapters_running", "adapter_slots")]
-    assert shown == [1, 1, 2]
+def test_the_time_of_whole_answers_is_over_their_tokens(running: Site) -> None:
+    """From the turn and the adapter on: what was waited is not in it."""
+    running.residency.seconds["support@000000000000"] = 1.0
+    running.ask("slow slow", "support")
+    whole = LABELS | {"streamed": "false"}
+    until(lambda: running.figure("qpack_time_per_output_token_seconds_count", **whole) == 1)
+    each = running.figure("qpack_time_per_output_token_seconds_sum", **whole)
+    assert each and 9 * TOKEN_SECONDS < each < 20 * TOKEN_SECONDS
+    running.ask("bad", "support")
+    running.ask("x", "support", stream=True)
+    assert running.figure("qpack_time_per_output_token_seconds_count", **whole) == 1
+
+
+def test_the_present_is_shown_by_adapter(tmp_path: Path) -> None:
+    with site(tmp_path, slots=1, places=1) as running, ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(running.ask, "held", "support")]
+        until(lambda: running.queue.inside == 1)
+        asked += [pool.submit(running.ask, "x", model) for model in ("billing", "support")]
+        until(lambda: running.queue.waiting == 2)
+        other, base = {"adapter": "billing", "version": "1" * 12}, {"adapter": BASE, "version": ""}
+        shown = {
+            name: [running.figure(f"qpack_{name}", **labels) for labels in (LABELS, other, base)]
+            for name in ("requests_waiting", "requests_running", "adapters_running", "adapter_swaps_total")
+        }
+        running.engine.let_go.set()
+        assert all(one.result().status_code == 200 for one in asked)
+    assert shown == {
+        "requests_waiting": [1, 1, 0],
+        "requests_running": [1, 0, 0],
+        "adapters_running": [1, None, None],
+        "adapter_swaps_total": [1, None, None],
+    }
+    assert running.figure("qpack_adapter_slots") == 1
+    assert running.figure("qpack_adapter_swaps_total", **other) == 1
+    assert running.figure("qpack_requests_running", **base) == 0, "there is a sum, also when nobody is here"
+
+
+def test_a_client_that_has_its_answer_did_not_leave(running: Site) -> None:
+    """The server says of such a client, too, that it has gone; the application may have something to do yet."""
+    for streamed in (False, True):
+        assert running.ask("linger", "support", stream=streamed).status_code == 200
+    until(lambda: running.figure("qpack_requests_total", **LABELS, status="200") == 2)
+    assert running.figure("qpack_requests_total", **LABELS, status="499") is None
+
+
+def test_a_span_for_each_completion(tmp_path: Path) -> None:
+    """Inside the client's, and what the application traces is inside ours."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    client = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with site(tmp_path, tracing=Tracing(provider.get_tracer("test"))) as running:
+        running.residency.seconds["support@000000000000"] = 0.2
+        running.ask("one two", "support", headers={"traceparent": client, "tracestate": "a=b", "x-request-id": "r-1"})
+        running.ask("one", "nothing")
+        with running.client() as http:
+            http.get("/v1/models")
+        running.ask("crash-later b c", stream=True)
+        until(lambda: len(exporter.get_finished_spans()) == 3)
+        inside = running.engine.traces[0]
+    answered, unknown, broken = exporter.get_finished_spans()
+    assert answered.name == "POST /v1/completions"
+    assert answered.context and answered.parent
+    assert f"{answered.context.trace_id:032x}-{answered.parent.span_id:016x}" == client[3:-3]
+    assert inside == {"traceparent": f"00-{client[3:35]}-{answered.context.span_id:016x}-01", "tracestate": "a=b"}
+    attributes = dict(answered.attributes or {})
+    waits = [attributes.pop(f"qpack.{name}_seconds") for name in ("queue", "adapter_wait")]
+    assert waits[0] < 0.2 <= waits[1] < 1  # type: ignore[operator]
+    assert attributes == {
+        "http.response.status_code": 200,
+        "gen_ai.request.id": "r-1",
+        "gen_ai.request.model": "support",
+        "gen_ai.response.model": "support@000000000000",
+        "gen_ai.usage.prompt_tokens": 2,
+        "gen_ai.usage.completion_tokens": 4,
+    }
+    assert unknown.parent is None
+    assert (unknown.attributes or {})["http.response.status_code"] == 404
+    assert unknown.status.is_unset and not broken.status.is_ok
+    assert broken.status.description == "the answer broke off, ask again"
 
 
 def test_series_of_versions_that_are_gone_are_dropped(running: Site) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,34 @@ def test_refused(
     assert refused.value.status == status
     assert len(str(refused.value).splitlines()) == 1
     assert (strict.generation(), strict.versions(), sorted(strict.directory.rglob("*"))) == before
+
+
+def test_refusals_are_counted_by_kind(strict: Registry, packed: Path, adapter: Path, tmp_path: Path) -> None:
+    """By another process's registry, too: the counts are on disk."""
+    before = strict.refusals()
+    kinds = {
+        "no settings": "malformed",
+        "settings that are no JSON": "malformed",
+        "DoRA": "unsupported",
+        "another base": "base",
+        "another hidden size": "tensors",
+        "NaN": "values",
+        "20 GB of nothing": "too large",
+    }
+    for name in kinds:
+        bad = Path(shutil.copytree(adapter, tmp_path / name))
+        BAD[name][0](bad)
+        with pytest.raises(RegistryError):
+            strict.add("good", bad, by="me")
+    large = factors.write(tmp_path / "large", factors.draw(packed, r=32), r=32)
+    for name in ("large", "a b", "base"):
+        with pytest.raises(RegistryError):
+            strict.add(name, large, by="me")
+    strict.add("good", adapter, by="me")
+    with Registry.open(strict.directory) as other:
+        counted = Counter(other.refusals())
+    counted.subtract(before)
+    assert +counted == Counter([*kinds.values(), "rank", "name", "conflict"])
 
 
 def test_the_rank_has_a_limit(strict: Registry, packed: Path, tmp_path: Path) -> None:
