@@ -72,7 +72,6 @@ def parsed(packed: Path) -> Callable[..., Namespace]:
     return parse_config
 
 
-@pytest.mark.vllm
 def test_vllm_gets_what_was_given(parsed: Callable[..., Namespace], packed: Path, tmp_path: Path) -> None:
     plain = parsed(registry=tmp_path / "none", otlp_traces_endpoint="http://localhost:4317")
     assert (plain.model, plain.served_model_name, plain.port) == (str(packed), ["packed"], 8000)
@@ -87,7 +86,6 @@ def test_vllm_gets_what_was_given(parsed: Callable[..., Namespace], packed: Path
     assert (given.dtype, given.enforce_eager, given.kv_cache_memory_bytes) == ("float16", False, 1_000_000)
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -105,7 +103,6 @@ def test_what_vllm_refuses_is_an_error_of_ours(
         parsed(*options)
 
 
-@pytest.mark.vllm
 def test_the_list_of_what_is_refused_is_vllms(parsed: Callable[..., Namespace]) -> None:
     """Each of its names is an option of this release, and no other name means the same."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
