@@ -3,8 +3,9 @@
     python -m benches.check [--model DIR]
 
 Packs the demo's model, and merges adapters of rank 16 with random factors, which change weights by 0.3 and by 5 % of
-their norm, onto the packed base and onto the original, and to NF4. The texts are those of benches/quality.py. Exit
-status 1 if what is merged onto the packed base in float16 or float32 diverges by more than 1e-4.
+their norm, onto the packed base and onto the original, and to NF4. Beside the mean is what rounding alone
+does. The texts are those of benches/quality.py. Exit status 1 if what is merged onto the packed base in float16 or
+float32 diverges by more than 1e-4.
 """
 
 import argparse
@@ -62,19 +63,20 @@ def main() -> int:
         for kind, content in read_texts().items():
             texts[kind] = here / f"{kind}.txt"
             texts[kind].write_text(content, encoding="utf-8")
-        print(f"| onto, as | change | KL | {' | '.join(f'KL {kind}' for kind in texts)} |")
-        print("|---|---|---|" + "---|" * len(texts))
+        print(f"| onto, as | change | KL | rounding | {' | '.join(f'KL {kind}' for kind in texts)} |")
+        print("|---|---|---|---|" + "---|" * len(texts))
         for alpha in (1, 16):
             adapter = write_adapter(here / f"adapter-{alpha}", source, alpha)
             for way, options in WAYS.items():
                 given = options | {"original": source if "original" in options else None, "max_kl": float("inf")}
-                found = []
+                found, rounding = [], []
                 for text in texts.values():
                     report = qpack.merge(here / "base", adapter, here / "merged", check=text, force=True, **given)
                     assert report.check is not None
                     found.append(report.check.kl)
+                    rounding.append(report.check.rounding or 0.0)
                 change = fmean(effect.change / effect.weight for effect in report.effects.values())
-                cells = [f"{kl:.2g}" for kl in (fmean(found), *found)]
+                cells = [f"{kl:.2g}" for kl in (fmean(found), fmean(rounding), *found)]
                 print(f"| {way} | {100 * change:.1f} % | {' | '.join(cells)} |", flush=True)
                 failed |= way in ("packed, float16", "packed, float32") and max(found) > LIMIT
     return 1 if failed else 0

@@ -168,7 +168,7 @@ BAD_ADAPTERS = {
         lambda d: edit_tensors(
             d, lambda w: [w.update({key.replace("layers.0", "layers.7"): w.pop(key)}) for key in list(w)]
         ),
-        r"changes what the base .* does not have: .*layers\.7\..* and 4 more",
+        r"does not have: .*layers\.7\.mlp\.down_proj\.lora_A\.weight, .*layers\.7\.self_attn\.v_proj\.lora_B\.weight$",
     ),
 }
 

@@ -14,7 +14,7 @@ PEFT puts ``base_layer.`` before what belongs to a wrapped module; each of sever
 module once more, the first one innermost. Names must be those of the base's checkpoint; where asked for they may be
 those of the model that the adapter was trained on, see `qpack.policy.places`. An output embedding that is
 tied to the input embedding becomes a tensor of its own where only one of the two changes, so that the result computes
-what the adapter's model did. Every tensor must be of use: one error lists those that are not.
+what the adapter's model did. Every tensor must be of use: one error lists all that are not.
 Reference: PEFT 0.21, ``tuners/lora/layer.py`` (``ParamWrapper``), ``dora.py``, ``tuners/trainable_tokens``.
 """
 
@@ -26,6 +26,7 @@ from functools import cached_property
 
 from qpack.adapters.adapter import Adapter
 from qpack.adapters.changes import AnyChange, Change, LowRank, Replace, ReplaceRows, Stored, View
+from qpack.adapters.folding import fold
 from qpack.checkpoint import Checkpoint
 from qpack.errors import AdapterError
 from qpack.policy.modules import OUTPUT_EMBEDDING
@@ -40,8 +41,6 @@ _INPUT_EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|wte|word_embeddings)\.weigh
 _HEAD = f"{OUTPUT_EMBEDDING}.weight"
 _PARAMETERS = ("gate_up_proj", "down_proj")
 """Of fused experts, in the order in which transformers' modules declare them, and PEFT wraps them."""
-_SHOWN = 10
-"""How many tensors an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +127,8 @@ class _Reader:
         return () if weight is not None or terms else pair.values()
 
     def _unmatched(self, keys: list[str]) -> AdapterError:
-        rest = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-        shown = ", ".join(sorted(keys)[:_SHOWN]) + rest
-        return AdapterError(f"{self.adapter.path}: changes what the base {self.base.directory} does not have: {shown}")
+        base, names = self.base.directory, ", ".join(fold(keys))
+        return AdapterError(f"{self.adapter.path}: changes what the base {base} does not have: {names}")
 
     @cached_property
     def _places(self) -> Places:

@@ -81,7 +81,11 @@ _MISPLACED = {
     metavar="TEXT",
     help="A file of text on which the result must say what BASE says with its adapters, or nothing is kept.",
 )
-@click.option("--max-kl", type=float, help="How far --check lets it diverge, in nats a token.  [default: 1e-4 of BASE]")
+@click.option(
+    "--max-kl",
+    type=float,
+    help="How far --check lets it diverge, in nats a token.  [default: of BASE 1e-4, or twice the rounding's]",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
 @threads
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object, weight by weight.")

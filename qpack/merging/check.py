@@ -8,23 +8,32 @@ with ``p`` of the base with the adapters beside it, by PEFT, and ``q`` of the me
 weights as they are stored: what differs is the weights, not how they are computed with. In 16 bits computing alone
 would differ by more than the weights do.
 
-One model is in memory at a time, in f32, except for packed weights.
+What is merged onto the base differs by the rounding of its weights. Beside it stands what rounding does to the same
+weights of the base, the adapters as they are: no merge into that type can be expected to do less.
+
+One model is in memory at a time, in f32. Packed weights are decoded as `qpack.merge` does: bitsandbytes' decoder errs
+on a CPU where rows are no whole blocks.
 """
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qpack.checkpoint import Checkpoint
 from qpack.errors import DataError, MergeError
 from qpack.loading.model import load
+from qpack.loading.names import Names
+from qpack.loading.weights import read_packed
 from qpack.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -32,7 +41,7 @@ logger = logging.getLogger(__name__)
 TOKENS = 512
 """Of a text, its first ones: with a vocabulary of 128,000 their distributions are 262 MB."""
 LIMIT = 1e-4
-"""The largest divergence of what is merged onto the packed base: only the rounding of its weights."""
+"""The largest divergence of what is merged onto the base; but see `Check.limit`."""
 _POSITIONS = 64
 """How many are compared at a time, in f64."""
 
@@ -47,6 +56,15 @@ class Check:
     """Mean divergence, in nats a token."""
     worst: float
     """The largest at one position."""
+    rounding: float | None
+    """Mean divergence if the same weights of the base are rounded as the result's were, with the adapters beside it.
+    None where more than rounding sets the result apart: it is packed, or of an original."""
+
+    @property
+    def limit(self) -> float | None:
+        """How far the result may be expected to diverge: `LIMIT`, or twice what rounding alone does where that is more,
+        as bfloat16's can be; None where nothing is to be expected."""
+        return None if self.rounding is None else max(LIMIT, 2 * self.rounding)
 
 
 class Sample:
@@ -76,41 +94,83 @@ class Sample:
         return logits.float().log_softmax(-1)
 
 
-def compare(sample: Sample, base: Path, adapters: Sequence[tuple[Path, float]], merged: Path) -> Check:
-    """Compare ``base`` with all ``adapters``, each times its weight, with the checkpoint in ``merged``."""
+def compare(
+    sample: Sample,
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    merged: Path,
+    rounded: Collection[str],
+    dtype: str,
+) -> Check:
+    """Compare ``base`` with all ``adapters``, each times its weight, with the checkpoint in ``merged``.
+
+    ``rounded`` are the base's weights that were rounded to ``dtype``; none if more sets the result apart.
+    """
     logger.info("comparing on %d tokens with %s and its adapters", sample.tokens.shape[1], base)
     with quiet_libraries():
-        expected = sample.log_probs(_adapted(_load(base), adapters))
-        found = sample.log_probs(_load(merged))
-    divergence = torch.cat(
-        [
-            (p.double().exp() * (p.double() - q.double())).sum(-1)
-            for p, q in zip(expected.split(_POSITIONS), found.split(_POSITIONS), strict=True)
-        ]
-    )
-    return Check(len(divergence), max(divergence.mean().item(), 0.0), max(divergence.max().item(), 0.0))
+        model = _load(base)
+        names = Names(model)
+        weights = [weight for name, weight in model.named_parameters() if names.in_checkpoint(name) in rounded]
+        adapted = _adapted(model, adapters)
+        expected = sample.log_probs(adapted)
+        rounding = None
+        if rounded:
+            for weight in weights:
+                weight.data = _rounded(weight.data, getattr(torch, dtype))
+            rounding = _divergence(expected, sample.log_probs(adapted)).mean().item()
+        del model, weights, adapted
+        divergence = _divergence(expected, sample.log_probs(_load(merged)))
+    return Check(len(divergence), divergence.mean().item(), divergence.max().item(), rounding)
 
 
-def require(check: Check, limit: float, dtype: str | None) -> None:
-    """Refuse a divergence over ``limit``. ``dtype`` is what weights were rounded to, if nothing else was done to them.
+def require(check: Check, limit: float) -> None:
+    """Refuse a divergence over ``limit``.
 
     Raises:
-        MergeError: naming both.
+        MergeError: naming both, and what rounding alone does if that is over the limit too.
     """
     if check.kl <= limit:
         return
-    hint = "; rounding to bfloat16 alone can do that (--dtype float16 rounds less)" if dtype == "bfloat16" else ""
+    alone = check.rounding is not None and check.rounding > limit
+    hint = f"; rounding alone makes {check.rounding:.2g} (--dtype float16 rounds less than bfloat16)" if alone else ""
     raise MergeError(
         f"the merged model diverges from the base with its adapters by KL {check.kl:.2g} a token, "
-        f"expected at most {limit:g}{hint}"
+        f"expected at most {limit:.2g}{hint}"
     )
 
 
+def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """At each position, (tokens,), of log-probabilities (tokens, vocabulary)."""
+    pieces = zip(expected.split(_POSITIONS), found.split(_POSITIONS), strict=True)
+    divergence = torch.cat([(p.double().exp() * (p.double() - q.double())).sum(-1) for p, q in pieces])
+    return divergence.clamp(min=0.0)
+
+
+def _rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As far off as rounding to ``dtype`` puts a weight; scaled, since it may be of that type as it is."""
+    return (weight * math.sqrt(2)).to(dtype).float() / math.sqrt(2)
+
+
 def _load(directory: Path) -> Any:
-    if Checkpoint.open(directory).packed:
-        return load(directory, dtype=torch.float32)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    """The model in f32, on a GPU where there is one."""
+    checkpoint = Checkpoint.open(directory)
+    if checkpoint.packed:
+        model: Any = load(directory, dtype=torch.float32)
+        _unpack(model, checkpoint)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _unpack(model: Any, checkpoint: Checkpoint) -> None:
+    """Put decoded weights in the place of packed ones."""
+    names = Names(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear4bit):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(read_packed(checkpoint, names.in_checkpoint(f"{name}.weight")))
+            plain.bias = layer.bias
+            model.set_submodule(name, plain)
 
 
 def _adapted(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:

@@ -203,7 +203,7 @@ def merge(
     of `qpack.ConvertOptions`, where ``target_bits`` are spent by the errors of the weights before the change.
     ``check`` is a file of text on which the result is compared with the base and its adapters before it stands at
     ``destination``, see `qpack.merging.check`: it may diverge by ``max_kl``, by default 1e-4 where it is plain and
-    merged onto the base, else by anything.
+    merged onto the base, or twice what rounding alone does if that is more, else by anything.
     Of several adapters the changes are added up, each times its weight (PEFT's ``cat``), or what ``combination`` makes
     of them in f32 is merged. ``force`` replaces what is at ``destination``, and takes an adapter that was trained on
     another base. ``on_progress`` gets bytes of the source done and in all. Interrupted, the same call goes on; the
@@ -318,15 +318,15 @@ def _sample(text: Path, base: Checkpoint) -> "Sample":
 
 def _check(job: _Job, sample: "Sample", merged: Path, max_kl: float | None) -> "Check":
     """Compare what is ``merged`` with the base and its adapters, and refuse it if it diverges by more than it may."""
-    from qpack.merging.check import LIMIT, compare, require
+    from qpack.merging.check import compare, require
 
     adapters = [(adapter.path, weight) for adapter, weight in job.applied]
-    found = compare(sample, job.base.directory, adapters, merged)
     rounded_only = job.onto is job.base and not job.packing
-    if max_kl is None and rounded_only:
-        max_kl = LIMIT
-    if max_kl is not None:
-        require(found, max_kl, job.dtype if rounded_only else None)
+    rounded = job.base.packed.keys() | job.changes.by_weight.keys() if rounded_only else ()
+    found = compare(sample, job.base.directory, adapters, merged, rounded, job.dtype)
+    limit = found.limit if max_kl is None else max_kl
+    if limit is not None:
+        require(found, limit)
     return found
 
 

@@ -178,6 +178,8 @@ def print_merge(destination: Path, report: MergeReport) -> None:
     if (check := report.check) is not None:
         worst = f"at most {check.worst:.2g} at one"
         lines["check"] = f"KL {check.kl:.2g} a token from the base with its adapters, {worst} of {check.tokens}"
+        if check.rounding is not None:
+            lines["rounding"] = f"KL {check.rounding:.2g} a token if the base's weights are rounded as the result's are"
     if effects and report.errors_of is None:
         lines["error"] = "not recorded: the base was not packed by qpack"
     small = sum(effect.is_small for effect in effects.values())

@@ -1,6 +1,8 @@
 """`qpack.merge(..., check=TEXT)`: the merged model says what the base says with its adapters, or is not kept."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from lora import write_adapter
 from peft import PeftModel
+from tiny import write_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpack
@@ -96,9 +99,37 @@ def test_a_model_that_diverges_is_not_kept(llama: Path, packed: Path, text: Path
     nf4 = qpack.merge(llama, adapter, tmp_path / "nf4", to="nf4", check=text).check
     assert nf4 is not None
     assert nf4.kl > 1e-3
-    with pytest.raises(MergeError, match=r"expected at most 1e-06; rounding to bfloat16 alone .* float16"):
+    with pytest.raises(MergeError, match=r"expected at most 1e-06; rounding alone makes .* float16"):
         qpack.merge(packed, adapter, tmp_path / "no", check=text, max_kl=1e-6)
     assert not list(tmp_path.glob("*no*"))
+
+
+def test_bfloat16_may_diverge_by_twice_what_rounding_alone_does(
+    llama: Path, packed: Path, text: Path, tmp_path: Path
+) -> None:
+    """Packed or of bfloat16 already, the base's weights are put as far off as the merged ones are."""
+    adapter = write_adapter(tmp_path / "adapter", llama)
+    for base in (packed, llama):
+        check = qpack.merge(base, adapter, tmp_path / f"merged-{base.name}", check=text).check
+        assert check is not None
+        assert check.rounding is not None
+        assert 0.7 * check.rounding < check.kl < 1.4 * check.rounding
+        assert check.limit == max(1e-4, 2 * check.rounding)
+        assert replace(check, rounding=1.5e-4).limit == 3e-4
+    arguments = ["merge", "-q", str(packed), str(adapter), str(tmp_path / "f32"), "--dtype", "float32"]
+    shown = CliRunner().invoke(cli, [*arguments, "--check", str(text)])
+    assert re.search(r"rounding  KL [\d.]+e-\d\d a token", shown.stdout)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_rows_that_are_no_whole_blocks_are_decoded_right(settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    """bitsandbytes' decoder errs on a CPU where rows are not: the base would be another than what is merged onto."""
+    source = write_llama(tmp_path / "source", intermediate_size=528)
+    qpack.convert(source, tmp_path / "packed")
+    adapter = write_adapter(tmp_path / "adapter", source, target_modules=["down_proj"], **settings)
+    check = qpack.merge(tmp_path / "packed", adapter, tmp_path / "merged", dtype="float32", check=text).check
+    assert check is not None
+    assert check.kl < 1e-6
 
 
 def test_what_is_no_text_is_refused_before_anything_is_written(
