@@ -1,8 +1,10 @@
 //! Reading factors into memory: rows of the weight that are changed by the same terms share one pair of matrices.
 
 use std::collections::{BTreeSet, HashMap};
+use std::iter;
 use std::ops::Range;
 use std::rc::Rc;
+use std::sync::OnceLock;
 
 use super::Term;
 use crate::Result;
@@ -11,8 +13,30 @@ use crate::safetensors::Tensor;
 /// Ranks that are summed at a time, and their sums then added.
 pub(super) const BLOCK: usize = 16;
 
-/// Floats that the kernels read at once.
+/// Columns that the kernels sum together.
 pub(super) const STRIP: usize = 32;
+
+/// Right factors of one rank for as many columns: those of the even ones, then those of the odd ones. So lie the codes of a
+/// weight that were shifted out of bytes, and the halves of what becomes a pair of 16-bit values.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Strip(pub(super) [f32; STRIP]);
+
+impl Strip {
+    /// Of the first values, and zeros if there are fewer.
+    fn new(values: &[f32]) -> Self {
+        let mut strip = [0.0; STRIP];
+        for (column, &value) in values.iter().take(STRIP).enumerate() {
+            strip[Self::place(column)] = value;
+        }
+        Self(strip)
+    }
+
+    /// Where the value of a column is.
+    fn place(column: usize) -> usize {
+        column / 2 + column % 2 * (STRIP / 2)
+    }
+}
 
 /// A matrix in a tensor that has been found, all of it in the tensor.
 #[derive(Debug)]
@@ -51,8 +75,10 @@ pub(super) struct Segment {
     pub(super) rank: usize,
     /// (rows, rank)
     pub(super) left: Vec<f32>,
-    /// (rank, columns), and room to read one strip of the kernels behind them.
-    pub(super) right: Vec<f32>,
+    /// (rank, columns)
+    right: Vec<f32>,
+    /// (strips of columns, rank): what the kernels read, in the order in which they do.
+    strips: OnceLock<Vec<Strip>>,
     /// Rank and scale of each term.
     pub(super) terms: Vec<(usize, f64)>,
     /// The scale of each rank.
@@ -80,7 +106,7 @@ impl Segment {
 
     fn read(terms: &[&Term<'_>], rows: Range<usize>, columns: usize, known: &mut Known) -> Result<Self> {
         let rank = terms.iter().map(|term| term.left.size[1]).sum();
-        let (mut left, mut right) = (vec![0.0; rows.len() * rank], Vec::with_capacity(rank * columns + STRIP));
+        let (mut left, mut right) = (vec![0.0; rows.len() * rank], Vec::with_capacity(rank * columns));
         let mut first = 0;
         for term in terms {
             let r = term.left.size[1];
@@ -104,7 +130,7 @@ impl Segment {
         rows: Range<usize>,
         columns: usize,
         left: Vec<f32>,
-        mut right: Vec<f32>,
+        right: Vec<f32>,
         terms: Vec<(usize, f64)>,
     ) -> Self {
         let mut squares = vec![0.0_f64; columns];
@@ -119,9 +145,18 @@ impl Segment {
         });
         let reach = reach.collect();
         let rank = right.len() / columns;
-        right.resize(right.len() + STRIP, 0.0);
         let scales = terms.iter().flat_map(|&(r, scale)| vec![scale; r]).collect();
-        Self { rows, columns, rank, left, right, terms, scales, reach }
+        Self { rows, columns, rank, left, right, strips: OnceLock::new(), terms, scales, reach }
+    }
+
+    /// The right factors, of each strip of columns all ranks.
+    pub(super) fn strips(&self) -> &[Strip] {
+        self.strips.get_or_init(|| {
+            let starts = (0..self.columns).step_by(STRIP);
+            starts
+                .flat_map(|start| self.right.chunks_exact(self.columns).map(move |row| Strip::new(&row[start..])))
+                .collect()
+        })
     }
 
     /// The left factors of a row of the weight.
@@ -152,11 +187,18 @@ impl Segment {
         }
     }
 
-    /// The sum of `weight` and its change, in f64.
+    /// The sum of `weight` and its change, in f64: what [`Segment::delta`] makes of one column.
+    #[inline(always)]
     pub(super) fn exact(&self, row: usize, column: usize, weight: f32) -> f64 {
-        let mut delta = [0.0];
-        self.delta(row, column..column + 1, &mut delta, &mut [0.0]);
-        f64::from(weight) + delta[0]
+        let right = &self.strips()[column / STRIP * self.rank..][..self.rank];
+        let place = Strip::place(column % STRIP);
+        let mut pairs = iter::zip(self.left_of(row), right);
+        let mut delta = 0.0;
+        for &(r, scale) in &self.terms {
+            let products = pairs.by_ref().take(r).map(|(&left, right)| f64::from(left) * f64::from(right.0[place]));
+            delta += scale * products.fold(0.0, |sum, product| sum + product);
+        }
+        f64::from(weight) + delta
     }
 
     /// The squared Frobenius norm of the change: the sum over all pairs of ranks of the products of `L^T L` and `R R^T`.

@@ -17,7 +17,7 @@
 use std::cmp::Ordering;
 use std::ops::Range;
 
-use super::factors::{BLOCK, STRIP, Segment};
+use super::factors::{BLOCK, STRIP, Segment, Strip};
 use super::lanes::{Lanes, Work};
 use super::region::{Codes, Region, TILE, Values};
 use super::{lanes, round};
@@ -38,51 +38,55 @@ struct Sum<'s, W> {
     segment: &'s Segment,
     weights: W,
     rows: Range<usize>,
-    columns: Range<usize>,
     /// Number of the first of `weights` and of `out` in the weight.
     first: usize,
     to: Float,
     out: &'s mut [[u8; 2]],
 }
 
-/// Sum a region in f32, and say whether that can be done. `floats` takes all of the run, if it has to be decoded for that.
+/// Sum a region in f32, and say whether that can be done: rows that are cut are few, and left alone. `floats` takes all of
+/// the run, if it has to be decoded for that.
 pub(super) fn sum(
     isa: Isa,
     region: &mut Region<'_, impl Values>,
     segment: Option<&Segment>,
     floats: &mut Vec<f32>,
 ) -> bool {
-    let Some(segment) = segment else { return false };
-    let (first, rows, columns, to) =
-        (region.values.first() as usize, region.rows.clone(), region.columns.clone(), region.to);
+    let Some(segment) = segment.filter(|_| region.columns == (0..region.width)) else { return false };
+    let (first, rows, to) = (region.values.first() as usize, region.rows.clone(), region.to);
     let out = region.out.as_chunks_mut::<2>().0;
-    let whole_blocks = |codes: &Codes<'_>| region.width.is_multiple_of(codes.blocksize) && columns == (0..region.width);
-    if let Some(weights) = region.values.codes().filter(whole_blocks) {
-        return lanes::run(isa, Sum { segment, weights, rows, columns, first, to, out });
+    if let Some(weights) = region.values.codes().filter(|codes| region.width.is_multiple_of(codes.blocksize)) {
+        return lanes::run(isa, Sum { segment, weights, rows, first, to, out });
     }
     if floats.is_empty() {
         floats.resize(region.values.len() + STRIP, 0.0);
         region.values.decode(0, &mut floats[..region.values.len()]);
     }
-    lanes::run(isa, Sum { segment, weights: &floats[..], rows, columns, first, to, out })
+    lanes::run(isa, Sum { segment, weights: &floats[..], rows, first, to, out })
 }
 
 /// Weights that are read a strip at a time.
 trait Weights: Copy {
     fn strip<L: Lanes>(self, lanes: L, at: usize) -> L::Floats;
     fn one(self, at: usize) -> f32;
+
+    /// Have a strip in the cache when it is read, if there is one.
+    fn prefetch<L: Lanes>(self, lanes: L, at: usize);
 }
 
 /// Floats, and room to read one strip behind them.
 impl Weights for &[f32] {
     #[inline(always)]
     fn strip<L: Lanes>(self, lanes: L, at: usize) -> L::Floats {
-        lanes.load(&self[at..])
+        lanes.apart(&self[at..])
     }
 
     fn one(self, at: usize) -> f32 {
         self[at]
     }
+
+    /// They have just been decoded.
+    fn prefetch<L: Lanes>(self, _: L, _: usize) {}
 }
 
 /// Codes, of rows of whole blocks.
@@ -95,7 +99,12 @@ impl Weights for Codes<'_> {
 
     fn one(self, at: usize) -> f32 {
         let code = self.packed[at / 2] >> (4 * ((at + 1) % 2));
-        LEVELS[usize::from(code & 15)] * self.scales[at / self.blocksize]
+        LEVELS[usize::from(code & 15)] * self.scales[at >> self.blocksize.trailing_zeros()]
+    }
+
+    #[inline(always)]
+    fn prefetch<L: Lanes>(self, lanes: L, at: usize) {
+        lanes.prefetch(self.packed.as_ptr().wrapping_add(at / 2));
     }
 }
 
@@ -175,92 +184,119 @@ impl<W: Weights> Sum<'_, W> {
             groups.push(Group::new(self.segment, row, rows));
             row += rows;
         }
-        for start in self.columns.clone().step_by(TILE) {
-            let count = TILE.min(self.columns.end - start);
+        let segment = self.segment;
+        for (start, strips) in (0..).step_by(TILE).zip(segment.strips().chunks(TILE / STRIP * segment.rank)) {
             for group in &groups {
                 match group.rows {
-                    rows if group.large => self.sum_all_anew(group.row..group.row + rows, start, count),
-                    rows if rows == ROWS => self.sum::<L, ROWS, BF16>(lanes, group, start, count),
-                    4 => self.sum::<L, 4, BF16>(lanes, group, start, count),
-                    _ => self.sum::<L, 1, BF16>(lanes, group, start, count),
+                    rows if group.large => self.sum_all_anew(group.row..group.row + rows, start),
+                    rows if rows == ROWS => self.sum::<L, ROWS, BF16>(lanes, group, start, strips),
+                    4 => self.sum::<L, 4, BF16>(lanes, group, start, strips),
+                    _ => self.sum::<L, 1, BF16>(lanes, group, start, strips),
                 }
             }
         }
     }
 
-    /// Sum in f64 what no bound can be told for.
+    /// Sum in f64 a tile, from column `start` on, that no bound can be told for.
     #[cold]
-    fn sum_all_anew(&mut self, rows: Range<usize>, start: usize, count: usize) {
+    fn sum_all_anew(&mut self, rows: Range<usize>, start: usize) {
         for row in rows {
-            for column in start..start + count {
+            for column in start..self.segment.columns.min(start + TILE) {
                 let at = row * self.segment.columns + column - self.first;
                 sum_anew(self.segment, self.weights, self.to, [row, column, at], 1, self.out);
             }
         }
     }
 
-    /// Sum `count` columns from `start` on of a group of `R` rows.
+    /// Sum a tile of a group of `R` rows, from column `start` on, whose right factors are `strips`.
     #[inline(always)]
-    fn sum<L: Lanes, const R: usize, const BF16: bool>(&mut self, lanes: L, group: &Group, start: usize, count: usize) {
-        let whole = count / L::WIDTH * L::WIDTH;
-        for column in (start..start + whole).step_by(L::WIDTH) {
-            self.strip::<L, R, BF16, true>(lanes, group, column, L::WIDTH);
-        }
-        if whole < count {
-            self.strip::<L, R, BF16, false>(lanes, group, start + whole, count - whole);
-        }
-    }
-
-    /// Sum a strip of `count` columns, which is `WHOLE` if they are as many as there are lanes.
-    #[inline(always)]
-    fn strip<L: Lanes, const R: usize, const BF16: bool, const WHOLE: bool>(
+    fn sum<L: Lanes, const R: usize, const BF16: bool>(
         &mut self,
         lanes: L,
         group: &Group,
-        column: usize,
-        count: usize,
+        start: usize,
+        strips: &[Strip],
     ) {
-        let Self { segment, weights, first, to, .. } = *self;
+        let mut doubts = [[0; R]; TILE / STRIP];
+        let starts = (start..).step_by(STRIP);
+        for ((start, strip), doubts) in starts.clone().zip(strips.chunks_exact(self.segment.rank)).zip(&mut doubts) {
+            for part in 0..STRIP / L::WIDTH {
+                let first = part * L::WIDTH;
+                let count = self.segment.columns.saturating_sub(start + first);
+                let found = if count >= L::WIDTH {
+                    self.part::<L, R, BF16, true>(lanes, group, start, strip, part, L::WIDTH)
+                } else if count > 0 {
+                    self.part::<L, R, BF16, false>(lanes, group, start, strip, part, count)
+                } else {
+                    [0; R]
+                };
+                each_row!(R, ROW, { doubts[ROW] |= found[ROW] << first });
+            }
+        }
+        // Not sooner: a call between the sums would empty all registers, and none of these waits for another.
+        for (start, doubts) in starts.zip(doubts) {
+            for (row, doubt) in (group.row..).zip(doubts) {
+                if doubt != 0 {
+                    let at = row * self.segment.columns + start - self.first;
+                    sum_anew(self.segment, self.weights, self.to, [row, start, at], doubt, self.out);
+                }
+            }
+        }
+    }
+
+    /// Sum number `part` of the strip from column `start` on: `count` columns of it, which are `WHOLE` if they are as many
+    /// as there are lanes. Returns of each row which values are in doubt.
+    #[inline(always)]
+    fn part<L: Lanes, const R: usize, const BF16: bool, const WHOLE: bool>(
+        &mut self,
+        lanes: L,
+        group: &Group,
+        start: usize,
+        strip: &[Strip],
+        part: usize,
+        count: usize,
+    ) -> [u32; R] {
+        let Self { segment, weights, first, .. } = *self;
         let out = &mut *self.out;
         let bounds: &[f32; R] = group.bounds.as_slice().try_into().expect("as many rows");
         let left = group.left.as_chunks::<R>().0;
-        let (block, later) = left.split_at(BLOCK.min(left.len()));
-        let mut sums = products(lanes, block, &segment.right[column..], segment.columns);
-        for (block, rank) in later.chunks(BLOCK).zip((BLOCK..).step_by(BLOCK)) {
-            let right = &segment.right[rank * segment.columns + column..];
-            let products = products(lanes, block, right, segment.columns);
+        let mut blocks = left.chunks(BLOCK).zip(strip.chunks(BLOCK)).map(
+            #[inline(always)]
+            |(left, strip)| products(lanes, left, strip, part),
+        );
+        let mut sums = blocks.next().unwrap_or([lanes.splat(0.0); R]);
+        for products in blocks {
             each_row!(R, ROW, { sums[ROW] = lanes.add(sums[ROW], products[ROW]) });
         }
-        let at = group.row * segment.columns + column - first;
+        let at = group.row * segment.columns + start + part * L::WIDTH - first;
+        // Of the next rows: what is read of each in a tile is too short for the processor to foresee.
+        each_row!(R, ROW, { weights.prefetch(lanes, at + (R + ROW) * segment.columns) });
+        let mut doubts = [0; R];
         each_row!(R, ROW, {
             let at = at + ROW * segment.columns;
             let value = lanes.add(weights.strip(lanes, at), sums[ROW]);
             let bound = lanes.mul_add(lanes.abs(value), lanes.splat(RELATIVE), lanes.splat(bounds[ROW]));
             let (low, high) = (lanes.sub(value, bound), lanes.add(value, bound));
-            let doubt = if WHOLE {
+            doubts[ROW] = if WHOLE {
                 lanes.round::<BF16>(low, high, &mut out[at..])
             } else {
-                let mut strip = [[0; 2]; STRIP];
-                let doubt = lanes.round::<BF16>(low, high, &mut strip);
-                out[at..][..count].copy_from_slice(&strip[..count]);
+                let mut whole = [[0; 2]; STRIP];
+                let doubt = lanes.round::<BF16>(low, high, &mut whole);
+                out[at..][..count].copy_from_slice(&whole[..count]);
                 doubt & ((1 << count) - 1)
             };
-            if doubt != 0 {
-                sum_anew(segment, weights, to, [group.row + ROW, column, at], doubt, out);
-            }
         });
+        doubts
     }
 }
 
-/// The products of a block of ranks, added up, with a strip of as many rows of right factors, `columns` apart.
+/// The products of a block of ranks, added up, with part of a strip of each.
 #[inline(always)]
-fn products<L: Lanes, const R: usize>(lanes: L, left: &[[f32; R]], right: &[f32], columns: usize) -> [L::Floats; R] {
+fn products<L: Lanes, const R: usize>(lanes: L, left: &[[f32; R]], strip: &[Strip], part: usize) -> [L::Floats; R] {
     let mut products = [lanes.splat(0.0); R];
-    let mut at = 0;
-    for left in left {
-        let right = lanes.load(&right[at..]);
+    for (left, strip) in left.iter().zip(strip) {
+        let right = lanes.part(strip, part);
         each_row!(R, ROW, { products[ROW] = lanes.mul_add(right, lanes.splat(left[ROW]), products[ROW]) });
-        at += columns;
     }
     products
 }

@@ -6,6 +6,7 @@
 //! Everything between [`run`] and these functions must be `#[inline(always)]`, and must not call them in a closure that is
 //! not: what is not inlined is compiled without the vector instructions.
 
+use super::factors::Strip;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2::Avx2, avx512::Avx512};
 use crate::Isa;
@@ -14,17 +15,20 @@ use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 pub(super) const HALF: i32 = 0x8000;
 
-/// What bfloat16 keeps of an f32.
-#[cfg(target_arch = "x86_64")]
-pub(super) const KEPT: i32 = 0xffff_0000_u32.cast_signed();
-
-/// A strip of each instruction set: `WIDTH` floats.
+/// A strip of each instruction set, or part of one: `WIDTH` floats in two registers, those of even columns and those of odd
+/// ones.
 pub(super) trait Lanes: Copy {
     type Floats: Copy;
     const WIDTH: usize;
 
+    /// Fetch what is at this address into the cache; it need not be anything.
+    fn prefetch(self, address: *const u8);
+
+    /// Of `WIDTH` columns of a strip, number `part` of as many.
+    fn part(self, strip: &Strip, part: usize) -> Self::Floats;
+
     /// Of the first `WIDTH` of `values`.
-    fn load(self, values: &[f32]) -> Self::Floats;
+    fn apart(self, values: &[f32]) -> Self::Floats;
     fn splat(self, value: f32) -> Self::Floats;
     fn add(self, left: Self::Floats, right: Self::Floats) -> Self::Floats;
     fn sub(self, left: Self::Floats, right: Self::Floats) -> Self::Floats;
@@ -36,8 +40,8 @@ pub(super) trait Lanes: Copy {
     /// The levels of `WIDTH` codes, two a byte, times `scale`.
     fn levels(self, codes: &[u8], scale: f32) -> Self::Floats;
 
-    /// Write the values that lie strictly between `low` and `high` to `out`, rounded to bfloat16 or else to f16, and return
-    /// which of them are in doubt, one bit a value. All bounds are finite.
+    /// Write the values that lie strictly between `low` and `high` to `out`, rounded to bfloat16 or else to f16, in the order
+    /// of their columns, and return which of them are in doubt, one bit a value. All bounds are finite.
     fn round<const BF16: bool>(self, low: Self::Floats, high: Self::Floats, out: &mut [[u8; 2]]) -> u32;
 }
 
