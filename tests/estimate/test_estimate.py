@@ -226,7 +226,7 @@ import sys
 from pathlib import Path
 import qpack
 base, data, output = map(Path, sys.argv[1:])
-settings = qpack.TrainSettings(r=16, batch_size=8, max_length=256, max_steps=3, samples=0)
+settings = qpack.TrainSettings(r=16, batch_size=8, max_length=256, max_steps=2, samples=0)
 report = qpack.train(base, data, output, settings)
 print(report.estimated_memory.bytes, report.peak_memory)
 """
