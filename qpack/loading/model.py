@@ -1,6 +1,7 @@
 """One call from a directory, packed or plain, to a transformers model that computes, takes LoRA and trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from qpack.errors import CheckpointError
 from qpack.loading.base import require_packed
 from qpack.loading.experts import has_experts
 from qpack.loading.in_place import keep_weights_in_place
-from qpack.loading.quantizer import PackedConfig
+from qpack.loading.quantizer import PackedConfig, unfold
 
 _NAMES_SHOWN = 3
 """How many tensors an error names: a model with experts has ten thousands."""
@@ -74,13 +75,30 @@ def load_plain(directory: Path, *, dtype: torch.dtype, device_map: Any) -> PreTr
     return _from_pretrained(directory, lambda config: None, dtype=dtype, device_map=device_map)
 
 
+def outline(directory: Path, *, plain: bool) -> PreTrainedModel:
+    """The modules that `load`, or `load_plain`, would give, under their names and without weights, in no time.
+
+    What will be packed is a ``Linear`` here.
+
+    Raises:
+        CheckpointError: config.json is of no model that transformers knows.
+    """
+    with _naming(directory), torch.device("meta"):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config.__dict__.pop("quantization_config", None)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        if not plain:
+            unfold(model)
+    return model
+
+
 def _from_pretrained(
     directory: Path, configure: Callable[[Any], None], *, dtype: torch.dtype | None, device_map: Any, **kwargs: Any
 ) -> PreTrainedModel:
     """What transformers makes of the directory, which must be all of the model, its config changed by ``configure``."""
     if dtype is not None:
         kwargs["dtype"] = dtype
-    try:
+    with _naming(directory):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         configure(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -92,10 +110,6 @@ def _from_pretrained(
             output_loading_info=True,
             **kwargs,
         )
-    except CheckpointError as error:
-        raise CheckpointError(f"{directory}: {error}") from None
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot be loaded: {' '.join(str(error).split())}") from error
     model: PreTrainedModel
     model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -104,6 +118,17 @@ def _from_pretrained(
             shown = ", ".join(names[:_NAMES_SHOWN])
             raise CheckpointError(f"{directory}: {kind.replace('_', ' ')}: {shown}{rest}")
     return model
+
+
+@contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """Let what fails name ``directory``."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _config_class(*, sharded: bool) -> type[PackedConfig]:

@@ -64,10 +64,9 @@ class PackedQuantizer(Bnb4BitHfQuantizer):
         return self
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        if not unfuse_experts(model, _projections(model)) and _holds_experts(kwargs["checkpoint_files"]):
+        if not unfold(model) and _holds_experts(kwargs["checkpoint_files"]):
             kind = type(model).__name__
             raise CheckpointError(f"{kind}: holds no experts in the form that can be loaded packed")
-        _make_linears_plain(model)
         # The checkpoint names what it keeps in its own words, and stock looks for those in the model.
         skipped = self.quantization_config.llm_int8_skip_modules or []
         self.quantization_config.llm_int8_skip_modules = [*map(Names(model).in_model, skipped)]
@@ -98,6 +97,16 @@ class PackedQuantizer(Bnb4BitHfQuantizer):
         kept = [conversion for conversion in weight_conversions if not _merges_experts(conversion)]
         conversions: list[WeightTransform] = super().update_weight_conversions(kept)  # type: ignore[no-untyped-call]
         return conversions
+
+
+def unfold(model: PreTrainedModel) -> int:
+    """Make every weight that may be packed a Linear layer of its own, on the meta device.
+
+    Returns how many modules of fused experts there were.
+    """
+    experts = unfuse_experts(model, _projections(model))
+    _make_linears_plain(model)
+    return experts
 
 
 def _holds_experts(files: Iterable[str]) -> bool:

@@ -49,6 +49,7 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
         TrainingError: a name or a pattern matches no linear layer of the model, or also something else, or a module
             cannot be trained.
     """
+    require_targets(model, settings)
     names = names_in(settings.target_modules)
     whole = find_whole_modules(model, settings)
     config = LoraConfig(
@@ -64,17 +65,6 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
         ensure_weight_tying=stays_tied(model, whole),
         task_type="CAUSAL_LM",
     )
-    if settings.target_modules == "all-linear" and holds_fused_experts(model):
-        raise TrainingError(
-            "target_modules: all-linear does not reach experts of which a layer has all in one tensor; name the layers "
-            "to adapt, or pack the base, in which each expert has linear layers of its own"
-        )
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    for name in names:
-        _require_match("target_modules", name, re.escape(name), linear)
-    if settings.target_modules != "all-linear" and not names:
-        _require_match("target_modules", settings.target_modules, settings.target_modules, linear, whole=True)
-        _refuse_others(model, settings.target_modules, whole)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # refused below
         try:
@@ -92,6 +82,26 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     return adapted
 
 
+def require_targets(model: torch.nn.Module, settings: TrainSettings) -> None:
+    """Refuse ``target_modules`` that name what LoRA cannot be put on; ``model`` may be on the meta device.
+
+    Raises:
+        TrainingError: a name or a pattern matches no linear layer of the model, or also something else.
+    """
+    names = names_in(settings.target_modules)
+    if settings.target_modules == "all-linear" and holds_fused_experts(model):
+        raise TrainingError(
+            "target_modules: all-linear does not reach experts of which a layer has all in one tensor; name the layers "
+            "to adapt, or pack the base, in which each expert has linear layers of its own"
+        )
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in names:
+        _require_match("target_modules", name, re.escape(name), linear)
+    if settings.target_modules != "all-linear" and not names:
+        _require_match("target_modules", settings.target_modules, settings.target_modules, linear, whole=True)
+        _refuse_others(model, settings)
+
+
 def _require_match(setting: str, given: str, pattern: str, modules: Sequence[str], *, whole: bool = False) -> None:
     """Refuse what matches none of ``modules``, by its end or its ``whole`` name: PEFT's rules."""
     matcher = re.compile(pattern if whole else rf"(.*\.)?({pattern})")
@@ -100,10 +110,13 @@ def _require_match(setting: str, given: str, pattern: str, modules: Sequence[str
         raise TrainingError(f"{setting}: '{given}' matches no linear layer; they end in {ends}, such as {modules[0]}")
 
 
-def _refuse_others(model: torch.nn.Module, pattern: str, whole: Sequence[str]) -> None:
-    """Refuse a ``pattern`` that also matches what LoRA is not put on; what is trained ``whole`` gets none anyway."""
+def _refuse_others(model: torch.nn.Module, settings: TrainSettings) -> None:
+    """Refuse a pattern that also matches what LoRA is not put on; what is trained whole gets none anyway."""
+    pattern, whole = settings.target_modules, names_in(settings.modules_to_save or "")
     for name, module in model.named_modules():
-        if name not in whole and not isinstance(module, _ADAPTABLE) and re.fullmatch(pattern, name):
+        if isinstance(module, _ADAPTABLE) or any(f".{name}".endswith(f".{end}") for end in whole):
+            continue
+        if re.fullmatch(pattern, name):
             raise TrainingError(
                 f"target_modules: '{pattern}' matches '{name}' too, which is a {type(module).__name__}, not a linear "
                 "layer; end it so that it matches linear layers alone"

@@ -129,15 +129,18 @@ def _train(
             from transformers import set_seed
 
             from qpack.loading.adapters import save_adapter
+            from qpack.loading.model import outline
             from qpack.loading.tokenizer import load_tokenizer
             from qpack.reports.training import REPORT_NAME, Run, page
             from qpack.training.compute import choose_compute
             from qpack.training.from_error import begin_from_error
             from qpack.training.loop import fit, optimizer_for
             from qpack.training.memory import peak_memory
-            from qpack.training.model import add_lora, load_base
+            from qpack.training.model import add_lora, load_base, require_targets
             from qpack.training.samples import draw_samples
 
+            plain = settings.base == "16bit"
+            require_targets(outline(base, plain=plain), settings)
             tokenizer = load_tokenizer(base)
             encoding: Any = encode_preferences if dpo else encode
 
@@ -152,7 +155,7 @@ def _train(
                 logger.info("%s", processes.describe(settings, compute.device))
             estimated = _foretell(base, settings, dataset, processes, listeners)
             set_seed(settings.seed)
-            loaded = load_base(base, compute, plain=settings.base == "16bit", sharded=settings.fsdp)
+            loaded = load_base(base, compute, plain=plain, sharded=settings.fsdp)
             model = add_lora(loaded, settings)
             record = Record(
                 versions={library: version(library) for library in LIBRARIES},

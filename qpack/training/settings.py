@@ -154,7 +154,10 @@ def _refuse_together(settings: TrainSettings) -> None:
     """Refuse settings that are each possible, but not with each other."""
     dpo, plain = settings.method == "dpo", settings.base == "16bit"
     from_error = settings.init_from_error is not None
+    whole = names_in(settings.modules_to_save or "")
+    twice = [name for name in names_in(settings.target_modules) if name in whole]
     conflicts = {
+        f"modules_to_save: {', '.join(twice)} stands in target_modules too; name it in one of them": bool(twice),
         "packing: not for method 'dpo', which compares sequences with each other": settings.packing and dpo,
         "init_from_error: not for method 'dpo', whose reference is the base without it": from_error and dpo,
         "init_from_error: not for base '16bit', which has lost nothing": from_error and plain,

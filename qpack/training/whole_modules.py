@@ -5,7 +5,7 @@ adapter's, and the base stays as it is. An output head that is tied to the input
 for both. PEFT makes and saves the copies, in the dtype of the base; here they are made float32, for the reason that
 LoRA is.
 
-Refused: what is in 4 bits, which has no gradient; what holds no weights but those of its parts; what gets LoRA as well.
+Refused: what is in 4 bits, which has no gradient; what holds no weights but those of its parts.
 """
 
 import re
@@ -38,8 +38,6 @@ def find_whole_modules(model: PreTrainedModel, settings: TrainSettings) -> list[
             raise TrainingError(f"modules_to_save: '{given}' matches no module; they end in {_ends(model)}")
         for name, module in matching.items():
             _require_trainable(name, module)
-            if given in names_in(settings.target_modules):
-                raise TrainingError(f"modules_to_save: '{given}' stands in target_modules too; name it in one of them")
         found += matching
     return [name for name, _ in model.named_modules() if name in found]
 

@@ -1,6 +1,7 @@
 """LoRA in its variants: what is adapted, at which rank and scale, that it learns in float32, and that PEFT reads it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qpack
-from qpack.errors import DataError, TrainingError
+from qpack.errors import CheckpointError, DataError, TrainingError
 from qpack.training import TrainSettings, train
 from qpack.training.settings import checkpointing
 
@@ -113,6 +114,17 @@ def test_what_matches_no_linear_layer_is_refused(
     with pytest.raises(TrainingError, match=f"^{message}"):
         train(base, data, tmp_path / "adapter", replace(SETTINGS, **change))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_are_refused_before_weights_are_loaded(base: Path, data: Path, tmp_path: Path) -> None:
+    lacking = shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("qpack.json"))
+    weights = load_file(lacking / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match=r"^target_modules: 'query' matches no linear layer"):
+        train(lacking, data, tmp_path / "adapter", replace(SETTINGS, target_modules="query"))
+    with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight"):
+        train(lacking, data, tmp_path / "adapter", SETTINGS)
 
 
 def test_dora_takes_whole_weights() -> None:

@@ -101,10 +101,6 @@ def test_copies_are_float32_and_all_around_them_stays_in_the_compute_dtype(plain
         ({"modules_to_save": "mlp"}, r"'model\.layers\.0\.mlp' is in 4 bits, of which there is no gradient"),
         ({"modules_to_save": "lm_head"}, r"'lm_head' is in 4 bits, of which there is no gradient"),
         ({"modules_to_save": "act_fn"}, r"'model\.layers\.0\.mlp\.act_fn' holds no weights of its own"),
-        (
-            {"modules_to_save": "embed_tokens", "target_modules": "q_proj,embed_tokens"},
-            r"'embed_tokens' stands in target_modules too",
-        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
@@ -120,3 +116,8 @@ def test_what_cannot_be_trained_is_refused(
 def test_shards_are_not_copied() -> None:
     with pytest.raises(DataError, match=r"^modules_to_save: copies whole modules, which no process has with fsdp"):
         replace(SETTINGS, fsdp=True, modules_to_save="norm")
+
+
+def test_what_is_copied_gets_no_lora() -> None:
+    with pytest.raises(DataError, match=r"^modules_to_save: embed_tokens stands in target_modules too; name it in one"):
+        replace(SETTINGS, modules_to_save="norm,embed_tokens", target_modules="q_proj,embed_tokens")
