@@ -43,6 +43,12 @@ bench: setup ## Run the benchmarks
 	cargo bench --quiet
 	$(BIN)/python -m pytest benches
 
+SOAK_SECONDS ?= 600
+
+.PHONY: soak
+soak: setup ## Serve under load and swaps for SOAK_SECONDS; fail on one wrong answer, or on growth
+	@PYTHONPATH=tests $(BIN)/python -m soak --seconds $(SOAK_SECONDS)
+
 # Seconds for each fuzz target.
 FUZZ_SECONDS ?= 20
 

@@ -16,7 +16,7 @@ from typing import Any
 from opentelemetry import trace
 from prometheus_client import REGISTRY
 
-from serve import admin, page
+from serve import admin, lora_gauge, page
 from serve.config import ServeConfig
 from serve.control import Parent
 from serve.engine_adapters import EngineAdapters
@@ -61,6 +61,7 @@ class Endpoint:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Build what stands before the engine, and start what runs beside the requests."""
+        lora_gauge.hold(engine_client)
         state.qpack = Running(engine_client, state, args.qpack)
 
 

@@ -1,6 +1,7 @@
 """``qpack serve`` in a process of its own, and questions to it."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -12,8 +13,11 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import httpx
 import openai
 import psutil
+
+from serve.registry import Registry
 
 MAX_TOKENS = 24
 
@@ -37,6 +41,11 @@ class ServerProcess:
         environment.pop("VLLM_LOGGING_LEVEL", None)  # TRL sets it for all of a process that imports it
         with self._log.open("wb") as stream:
             self._process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+
+    @property
+    def pid(self) -> int:
+        """Of the parent process."""
+        return self._process.pid
 
     @property
     def output(self) -> str:
@@ -72,7 +81,7 @@ class ServerProcess:
 
     def kill_engine(self) -> None:
         """Kill vLLM's engine process."""
-        [engine] = [one for one in psutil.Process(self._process.pid).children(recursive=True) if "Engine" in one.name()]
+        [engine] = [one for one in psutil.Process(self.pid).children(recursive=True) if "Engine" in one.name()]
         engine.kill()
 
     def send(self, number: signal.Signals) -> None:
@@ -97,6 +106,26 @@ class ServerProcess:
         """End the process if it still runs."""
         if self._process.poll() is None:
             self.stop()
+
+
+def upload(admin: httpx.Client, name: str, adapter: Path, lora_alpha: int | None = None) -> str:
+    """Upload an adapter's files, with another alpha if one is given, and return the version's id."""
+    contents = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    if lora_alpha is not None:
+        settings = json.loads(contents["adapter_config.json"]) | {"lora_alpha": lora_alpha}
+        contents["adapter_config.json"] = json.dumps(settings).encode()
+    files = [("file", content) for content in contents.items()]
+    answer = admin.post(f"/adapters/{name}", files=files)
+    assert answer.status_code == 201, answer.text
+    version: str = answer.json()["id"]
+    return version
+
+
+def stored(server: ServerProcess, version: str) -> Path:
+    """The tensors of a version in the registry of a server that was started with one."""
+    with Registry.open(server.folder / "registry") as registry:
+        [found] = [one for one in registry.versions() if one.id == version]
+    return found.path / "adapter_model.safetensors"
 
 
 def ask(server: ServerProcess, questions: Sequence[Question]) -> list[list[int]]:

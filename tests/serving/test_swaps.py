@@ -1,107 +1,26 @@
-"""Versions that come and go under load, in the real engine: every answer is its version's, and no stream waits."""
+"""Versions that come and go, in the real engine: no stream waits, and what fails to load hurts nobody else."""
 
-import asyncio
 import itertools
-import json
 import os
-import random
 import shutil
+import statistics
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
-from served import MAX_TOKENS, Question, ServerProcess
-from taught import PROMPTS
-
-from serve.registry import Registry
+from served import ServerProcess, stored, upload
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture
-def registry(server: ServerProcess) -> Iterator[Registry]:
-    """The server's own registry, opened a second time."""
-    server.wait_for("^ready ")
-    with Registry.open(server.folder / "registry") as registry:
-        yield registry
 
 
 @pytest.fixture
 def admin(server: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"{server.url}/v1", timeout=60) as client:
         yield client
-
-
-def upload(admin: httpx.Client, name: str, adapter: Path, lora_alpha: int | None = None) -> str:
-    """Upload an adapter's files, with another alpha if one is given, and return the version's id."""
-    contents = {file.name: file.read_bytes() for file in adapter.iterdir()}
-    if lora_alpha is not None:
-        settings = json.loads(contents["adapter_config.json"]) | {"lora_alpha": lora_alpha}
-        contents["adapter_config.json"] = json.dumps(settings).encode()
-    files = [("file", content) for content in contents.items()]
-    answer = admin.post(f"/adapters/{name}", files=files)
-    assert answer.status_code == 201, answer.text
-    version: str = answer.json()["id"]
-    return version
-
-
-def test_answers_during_swaps_are_each_versions_own(
-    server: ServerProcess, adapters: dict[str, Path], expected: dict[Question, list[int]], admin: httpx.Client
-) -> None:
-    """Two slots, three places in memory, five versions under four names, one of which is flipped all the time."""
-    turning = [upload(admin, "turning", adapters[name]) for name in ("alpha", "beta")]
-    gamma = upload(admin, "gamma", adapters["alpha"])
-    taught = dict(zip([*turning, gamma], ("alpha", "beta", "alpha"), strict=True))
-    rng = random.Random(1)
-    asked = [(rng.choice(["packed", "alpha", "beta", "gamma", "turning"]), rng.choice(PROMPTS)) for _ in range(300)]
-    loads = admin.get("/adapters").json()
-    assert {alias["name"] for alias in loads["aliases"]} == {"alpha", "beta", "gamma", "turning"}
-    done = threading.Event()
-
-    def flip() -> None:
-        for version in itertools.cycle(turning):
-            if done.wait(0.05):
-                return
-            answer = admin.post("/adapters/turning/promote", json={"version": version.partition("@")[2]})
-            assert answer.status_code == 200, answer.text
-
-    async def ask(client: openai.AsyncOpenAI, some: asyncio.Semaphore, model: str, prompt: str) -> tuple[str, Any]:
-        async with some:
-            answer = await client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": prompt}],
-                max_tokens=MAX_TOKENS,
-                temperature=0,
-                extra_body={"return_token_ids": True},
-            )
-            return answer.model, answer.choices[0].token_ids  # type: ignore[attr-defined]  # vLLM's extra field
-
-    async def ask_all() -> list[tuple[str, Any]]:
-        some = asyncio.Semaphore(32)
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            return await asyncio.gather(*(ask(client, some, *question) for question in asked))
-
-    thread = threading.Thread(target=flip)
-    thread.start()
-    try:
-        answers = asyncio.run(ask_all())
-    finally:
-        done.set()
-        thread.join()
-    versions = set()
-    for (model, prompt), (version, tokens) in zip(asked, answers, strict=True):
-        name = version.partition("@")[0]
-        assert name == model
-        versions.add(version)
-        assert tokens == expected[taught.get(version, name), prompt], (version, prompt)
-    assert set(turning) <= versions, "the name was never flipped"
-    for name in ("turning", "gamma"):
-        assert admin.delete(f"/adapters/{name}").status_code == 200
 
 
 class Stream(threading.Thread):
@@ -135,24 +54,29 @@ class Stream(threading.Thread):
         self.join()
 
 
-def _stored(registry: Registry, version: str) -> Path:
-    [found] = [one for one in registry.versions() if one.id == version]
-    return found.path / "adapter_model.safetensors"
+STALL_SECONDS = 0.4
+PROMISED_SECONDS = 0.05
+LOADS = 12
 
 
-STALL_SECONDS = 1.0
+def _counts(server: ServerProcess, histogram: str) -> dict[str, float]:
+    """The counts of a histogram's buckets by their labels."""
+    lines = httpx.get(f"{server.url}/metrics", trust_env=False).text.splitlines()
+    buckets = (line.removeprefix(f"{histogram}_bucket") for line in lines if line.startswith(f"{histogram}_bucket"))
+    return {bucket.partition("}")[0].lstrip("{"): float(bucket.rpartition(" ")[2]) for bucket in buckets}
 
 
 def test_no_stream_waits_for_slow_storage(
-    server: ServerProcess, adapters: dict[str, Path], admin: httpx.Client, registry: Registry
+    server: ServerProcess, adapters: dict[str, Path], admin: httpx.Client
 ) -> None:
     """The file of a version is a FIFO: whoever reads it waits until someone writes. In plain vLLM every stream stops.
 
-    Five loads, each after a quiet spell; what is compared is the best of both, for on a busy machine single tokens come
-    late at any time.
+    Three versions take turns in the two places that the stream leaves, so each load is also an eviction. On a busy
+    machine single tokens come late at any time: so the best of many loads is compared with the best of as many quiet
+    spells, and the time that the engine itself has lost by each load with the 50 ms that are promised.
     """
-    names = [f"slow{number}" for number in range(5)]
-    files = {_stored(registry, upload(admin, name, adapters["beta"], lora_alpha=5)) for name in names}
+    names = [f"slow{number}" for number in range(3)]
+    files = {stored(server, upload(admin, name, adapters["beta"], lora_alpha=5)) for name in names}
     [file] = files  # the same content, so the same file
     content = file.read_bytes()
     file.unlink()
@@ -161,7 +85,7 @@ def test_no_stream_waits_for_slow_storage(
     stream = Stream(server)
     stream.start()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        for name in names:
+        for name in itertools.islice(itertools.cycle(names), LOADS):
             began = time.monotonic()
             time.sleep(STALL_SECONDS)
             asked = time.monotonic()
@@ -175,16 +99,19 @@ def test_no_stream_waits_for_slow_storage(
             loading.append(stream.largest_gap(asked, answered))
             feed.join()
     stream.stop()
-    assert min(loading) < min(quiet) + 0.05, (loading, quiet)
+    assert min(loading) < min(quiet) + PROMISED_SECONDS, (loading, quiet)
+    assert statistics.median(loading) < STALL_SECONDS, (loading, quiet)
+    held = _counts(server, "qpack_adapter_engine_seconds")
+    assert held[f'le="{PROMISED_SECONDS}"'] >= 0.9 * held['le="+Inf"'] >= 0.9 * LOADS, held
     for name in names:
         assert admin.delete(f"/adapters/{name}").status_code == 200
 
 
 def test_a_load_that_fails_is_its_own_failure(
-    server: ServerProcess, adapters: dict[str, Path], admin: httpx.Client, registry: Registry
+    server: ServerProcess, adapters: dict[str, Path], admin: httpx.Client
 ) -> None:
     version = upload(admin, "broken", adapters["beta"], lora_alpha=6)
-    file = _stored(registry, version)
+    file = stored(server, version)
     content = file.read_bytes()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         for harm in (content[: len(content) // 2], None):
