@@ -17,6 +17,7 @@ on a CPU where rows are no whole blocks.
 
 import logging
 import math
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,9 +177,12 @@ def _unpack(model: Any, checkpoint: Checkpoint) -> None:
 def _adapted(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     names = [f"adapter_{index}" for index in range(len(adapters))]
     (first, _), *others = adapters
-    adapted: Any = PeftModel.from_pretrained(model, str(first), names[0])
-    for name, (path, _) in zip(names[1:], others, strict=True):
-        adapted.load_adapter(str(path), name)
+    with warnings.catch_warnings():
+        # Of layers that a packed base holds as Linear ones, which is what they are here.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to True", UserWarning)
+        adapted: Any = PeftModel.from_pretrained(model, str(first), names[0])
+        for name, (path, _) in zip(names[1:], others, strict=True):
+            adapted.load_adapter(str(path), name)
     if others:
         adapted.base_model.set_adapter(names)
     for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from lora import write_adapter
+from lora import draw_adapter, write_adapter
 from peft import PeftModel
-from tiny import write_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import write_llama, write_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import qpack
 from qpack.cli import cli
@@ -127,6 +127,18 @@ def test_rows_that_are_no_whole_blocks_are_decoded_right(settings: dict[str, Any
     source = write_llama(tmp_path / "source", intermediate_size=528)
     qpack.convert(source, tmp_path / "packed")
     adapter = write_adapter(tmp_path / "adapter", source, target_modules=["down_proj"], **settings)
+    check = qpack.merge(tmp_path / "packed", adapter, tmp_path / "merged", dtype="float32", check=text).check
+    assert check is not None
+    assert check.kl < 1e-6
+
+
+def test_layers_that_lie_the_other_way_are_compared_quietly(text: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=320, bos_token_id=256, eos_token_id=257, n_layer=1, n_embd=64, n_head=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "gpt2")
+    write_tokenizer(tmp_path / "gpt2")
+    qpack.convert(tmp_path / "gpt2", tmp_path / "packed")
+    adapter = draw_adapter(tmp_path / "adapter", tmp_path / "gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
     check = qpack.merge(tmp_path / "packed", adapter, tmp_path / "merged", dtype="float32", check=text).check
     assert check is not None
     assert check.kl < 1e-6
