@@ -143,7 +143,7 @@ def test_the_last_line_counts_what_was_cut_and_skipped(base: Path, flawed: Path,
     command = ["train", str(base), str(flawed), "-o", str(tmp_path / "adapter"), "--max-steps", "1", "--samples", "0"]
     done = CliRunner().invoke(cli, [*command, "--on-bad-row", "skip", "--max-length", "33"])
     assert done.exit_code == 0, done.output
-    assert re.search(r"train: needs \d+ MB \(weights .*\) of .* GB, memory free on this machine\n", done.output)
+    assert re.search(r"train: needs \S+ [MG]B \(weights .*\) of .* GB, memory free on this machine\n", done.output)
     assert done.output.index("train: needs") < done.output.index("train: step 1")
     assert ", 6 of 16 examples cut at max-length, 1 row skipped, in " in done.output
 
