@@ -126,6 +126,7 @@ class Engine:
             task.cancel()
         answer = work.result() if work in done else JSONResponse(None)
         answer.background = after
+        answer.headers["x-request-id"] = "the application's"
         return answer
 
     async def _words(self, words: list[str], orders: list[str], model: str) -> AsyncIterator[str]:

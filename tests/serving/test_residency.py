@@ -39,9 +39,15 @@ class NotingEngine:
         self.held: dict[str, Path] = {}
         self.log: list[str] = []
         self.broken: set[str] = set()
+        self.read: list[Path] = []
+        self.reading = False
 
     async def load(self, name: str, path: Path) -> None:
+        assert not self.reading, "one at a time"
+        self.reading = True
         await asyncio.sleep(0.001)
+        self.reading = False
+        self.read.append(path)
         assert (path / "adapter_config.json").is_file()
         if name in self.broken:
             raise ServeError(f"adapter {name}: the engine cannot read it")
@@ -160,6 +166,20 @@ def test_a_version_that_is_gone_leaves_when_its_last_request_has_ended(stage: St
     asyncio.run(run())
 
 
+def test_a_version_that_is_on_its_way_out_is_loaded_anew(stage: Stage, stored: dict[str, Stored]) -> None:
+    async def run() -> None:
+        engine = NotingEngine(2)
+        room = Residency(engine, stage, hold, 2)
+        async with room.lease(stored["a"]):
+            pass
+        room.follow([])  # begins to take it out
+        async with room.lease(stored["a"]):
+            assert engine.log == ["+a@1", "-a@1", "+a@1"]
+            assert (engine.held["a@1"] / "adapter_config.json").read_text() == "a"
+
+    asyncio.run(run())
+
+
 def test_pinned_versions_are_loaded_before_anyone_asks(stage: Stage, stored: dict[str, Stored]) -> None:
     async def run() -> None:
         engine = NotingEngine(2)
@@ -189,6 +209,7 @@ def test_failures_are_told_to_all_who_wait_and_leave_nothing(
         assert messages[:3] == ["adapter a@1: the engine cannot read it"] * 3
         assert messages[3] == f"adapter gone@1: {missing.path}: No such file or directory"
         assert room.resident == []
+        assert not engine.read[0].exists(), "no copy is left"
         engine.broken = set()
         async with room.lease(stored["a"]):  # the place is free again, and so is the name
             assert [*engine.held] == ["a@1"]

@@ -326,6 +326,20 @@ def test_swaps_are_slots_that_change_hands() -> None:
     assert back == {"a": 2, "b": 1, "c": 1}
 
 
+def test_accounts_that_say_nothing_more_are_dropped() -> None:
+    """While one request of the base goes on and on, twenty adapters come and go, and then one of them for long."""
+
+    async def accounts() -> int:
+        queue = FairQueue(2, 1)
+        async with queue.turn(None):
+            for number in (*range(20), 0, 0):
+                async with queue.turn(f"a{number}") as turn:
+                    turn.warm()
+            return len(queue.present())
+
+    assert run(accounts()) <= 3
+
+
 def test_who_is_here() -> None:
     async def present() -> set[Present]:
         queue = FairQueue(1, 1)

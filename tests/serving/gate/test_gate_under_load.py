@@ -110,6 +110,28 @@ def test_weights_of_adapters_and_of_keys(tmp_path: Path) -> None:
     assert first_eight(("a", "billing", "heavy"), ("b", "billing", "light")) == ["a"] * 6 + ["b"] * 2
 
 
+def test_tokens_are_shared_as_they_were_used(tmp_path: Path) -> None:
+    """Estimates are alike; of two keys, one's answers have four tokens and the other's some hundred."""
+    with closing(Keys(tmp_path)) as keys:
+        _, few = keys.add("few")
+        _, many = keys.add("many")
+    with site(tmp_path, places=1) as running, ThreadPoolExecutor(17) as pool:
+        pool.submit(running.ask, "held", token=few)
+        until(lambda: running.queue.inside == 1)
+        for _ in range(8):
+            pool.submit(running.ask, "x", token=few)
+            pool.submit(running.ask, " ".join("y" * 60), token=many)
+        until(lambda: running.queue.waiting == 16)
+        running.engine.let_go.set()
+        until(lambda: len(running.engine.asked) >= 9)
+        assert sum(asked["prompt"] == "x" for asked in running.engine.asked[1:9]) >= 6
+
+
+def test_a_client_cannot_ask_for_more_time_than_there_is(tmp_path: Path) -> None:
+    with site(tmp_path, limits=RequestLimits(request_timeout=0.3)) as running:
+        assert running.ask("held", headers={"x-request-timeout": "60"}).status_code == 504
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_leaves_frees_its_place(running: Site, streamed: bool) -> None:
     with running.client() as http:

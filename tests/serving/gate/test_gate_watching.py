@@ -37,7 +37,8 @@ def until(true: Callable[[], bool]) -> None:
 def test_requests_and_tokens_by_adapter_and_status(running: Site) -> None:
     for _ in range(3):
         running.ask("one two", "support")
-    running.ask("bad", "support")
+    for name in ("support", "billing"):
+        running.ask("bad", name)
     running.ask("one")
     running.ask("crash-later b c", "support", stream=True)
     for name in ("made-up-1", "made-up-2"):
@@ -51,6 +52,7 @@ def test_requests_and_tokens_by_adapter_and_status(running: Site) -> None:
     # Of the stream that broke off, what was estimated: a quarter of its bytes, and the pieces that came.
     assert 3 * 2 < (running.figure("qpack_prompt_tokens_total", **LABELS) or 0) < 3 * 2 + 40
     assert running.figure("qpack_output_tokens_total", **LABELS) == 3 * 4 + 2
+    assert running.figure("qpack_prompt_tokens_total", adapter="billing", version="1" * 12) == 0, "it was refused"
     assert running.figure("qpack_queue_seconds_count", **LABELS) == 5
     assert running.figure("qpack_adapter_wait_seconds_count", **LABELS) == 5
     assert running.figure("qpack_adapter_wait_seconds_count", adapter=BASE, version="") is None
@@ -253,6 +255,19 @@ def test_a_shadow_that_fails_or_would_make_others_wait_is_counted(tmp_path: Path
         others = pool.submit(running.ask, "slow slow")
         until(lambda: shadows(running, "skipped") == 1)
         assert (copied.result().status_code, others.result().status_code) == (200, 200)
+
+
+def test_nothing_is_copied_while_the_server_drains(tmp_path: Path) -> None:
+    with site(tmp_path) as running, ThreadPoolExecutor(1) as pool:
+        running.shelf.put(alias(version("support", "a"), shadow=version("support", "b")))
+        last = pool.submit(running.ask, "held", "support")
+        until(lambda: running.queue.inside == 1)
+        running.call(running.gate.close, "the server is stopping")
+        until(lambda: running.ask().status_code == 503)
+        running.engine.let_go.set()
+        assert last.result().status_code == 200
+        time.sleep(5 * TOKEN_SECONDS)
+        assert [asked["model"] for asked in running.engine.asked] == ["support@a"]
 
 
 def test_texts_of_answers() -> None:
