@@ -5,6 +5,8 @@ Every class is picklable, since errors cross worker processes. Programming error
 The command line prints any of these as ``error: MESSAGE`` and exits with status 1.
 """
 
+from collections.abc import Sequence
+
 
 class QpackError(Exception):
     """Base of all qpack errors."""
@@ -44,3 +46,14 @@ class OutputExistsError(QpackError):
 
 class DiskFullError(QpackError):
     """The disk has no room for the output; nothing was written."""
+
+
+class SeveralErrors(QpackError):
+    """Several of these, each of which is to be mended. As a string: a line each."""
+
+    def __init__(self, *errors: QpackError) -> None:
+        super().__init__(*errors)
+        self.errors: Sequence[QpackError] = errors
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.errors))

@@ -2,7 +2,8 @@
 
 =======  ==================================  =========================================================
 GET      ``/v1/adapters``                    names and versions, which of them the engine holds, live figures
-POST     ``/v1/adapters/NAME``               upload the files of a version, as multipart; checked first
+POST     ``/v1/adapters/NAME``               upload the files of a version, as multipart; checked first.
+                                             As JSON: ``{"source": "ORG/NAME", "revision": null}`` of the hub
 POST     ``/v1/adapters/NAME/promote``       ``{"version": DIGEST}``: let the name point at it
 POST     ``/v1/adapters/NAME/rollback``      let it point at what it pointed at before
 POST     ``/v1/adapters/NAME/pin``           ``{"version": DIGEST, "pinned": true}``: keep it in the engine
@@ -11,24 +12,27 @@ POST     ``/v1/adapters/NAME/shadow``        ``{"version": DIGEST}``: copy reque
 DELETE   ``/v1/adapters/MODEL``              a name with its versions, or ``NAME@DIGEST``
 =======  ==================================  =========================================================
 
-No route takes a path: what is served was uploaded, or is in a directory that the server was started with. Every change
-is the registry's, and is seen by the next request.
+No route takes a path: what is served was uploaded, comes from the hub, or is in a directory that the server was started
+with. Every change is the registry's, and is seen by the next request. ``by`` says who makes it, for the list; whoever
+may make it may say what he likes.
 """
 
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, StringConstraints, ValidationError
 from starlette.datastructures import UploadFile
 
+from serve.fetching import fetch
 from serve.registry import Alias, Registry, RegistryError, Version
 from serve.routes import ADAPTERS
 
@@ -36,13 +40,26 @@ from serve.routes import ADAPTERS
 _FILES = 8
 _SLACK_BYTES = 1 << 16
 
+_BY = "the API"
+
 router = APIRouter(prefix=ADAPTERS)
+
+
+By: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,128}$")]
 
 
 class Chosen(BaseModel):
     """A version of a name, by its digest or the beginning of it."""
 
     version: str
+    by: By = _BY
+
+
+class Wanted(BaseModel, extra="forbid"):
+    """An adapter of the hub."""
+
+    source: str
+    revision: str | None = None
 
 
 class Pinned(BaseModel):
@@ -76,38 +93,59 @@ async def list_adapters(request: Request) -> JSONResponse:
 
 
 @router.post("/{name}")
-async def upload(name: str, request: Request, promote: bool = True) -> JSONResponse:
-    """Check the uploaded files and serve them, under ``name`` too unless ``promote`` is false."""
+async def add(name: str, request: Request, promote: bool = True, by: By = _BY) -> JSONResponse:
+    """Check the uploaded files, or what the hub has, and serve them, under ``name`` too unless ``promote`` is false."""
     registry: Registry = request.app.state.qpack.registry
     if not request.app.state.qpack.takes_adapters:
         return _refused("this server was started without room for adapters: start it with --registry DIR", 409)
     length = request.headers.get("content-length", "")
     if not length.isdigit():
         return _refused("the length of an upload must be said: Content-Length", 411)
-    if int(length) > registry.limits.max_bytes + _SLACK_BYTES:
-        return _refused(f"an adapter may have {registry.limits.max_bytes} bytes, not {length}", 413)
+    of_hub = request.headers.get("content-type", "").startswith("application/json")
+    limit = 0 if of_hub else registry.limits.max_bytes
+    if int(length) > limit + _SLACK_BYTES:
+        return _refused(f"an adapter may have {limit or _SLACK_BYTES} bytes, not {length}", 413)
+    if of_hub:
+        try:
+            wanted = Wanted.model_validate_json(await request.body())
+        except ValidationError as error:
+            return _refused(f"the body is not as expected: {error.errors()[0]['msg'].lower()}", 400)
+        return await _answer(lambda: _version(_fetched(registry, name, wanted, promote, by)), 201)
     async with request.form(max_files=_FILES, max_fields=0) as form:
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+        return await _answer(lambda: _version(_uploaded(registry, name, files, promote, by)), 201)
 
-        def add() -> Version:
-            with tempfile.TemporaryDirectory(prefix="qpack-upload-") as directory:
-                for file in files:
-                    _save(file, Path(directory))
-                try:
-                    return registry.add(name, Path(directory), by="the API", promote=promote)
-                except RegistryError as error:  # the client knows its files by their names
-                    raise RegistryError(
-                        str(error).replace(f"{directory}/", "").replace(directory, name), error.status
-                    ) from error
 
-        return await _answer(lambda: _version(add()), 201)
+def _uploaded(registry: Registry, name: str, files: list[UploadFile], promote: bool, by: str) -> Version:
+    with tempfile.TemporaryDirectory(prefix="qpack-upload-") as directory:
+        for file in files:
+            _save(file, Path(directory))
+        with _called(name, directory):
+            return registry.add(name, Path(directory), by=by, promote=promote)
+
+
+def _fetched(registry: Registry, name: str, wanted: Wanted, promote: bool, by: str) -> Version:
+    with tempfile.TemporaryDirectory(prefix="qpack-upload-") as directory:
+        snapshot = fetch(wanted.source, wanted.revision, Path(directory), registry.limits)
+        with _called(wanted.source, str(snapshot)):
+            return registry.add(name, snapshot, by=by, promote=promote)
+
+
+@contextmanager
+def _called(name: str, directory: str) -> Iterator[None]:
+    """Tell a client what is wrong with files by the names that it knows them by."""
+    try:
+        yield
+    except RegistryError as error:
+        message = str(error).replace(f"{directory}/", "").replace(directory, name)
+        raise RegistryError(message, error.status) from error
 
 
 @router.post("/{name}/promote")
 async def promote(name: str, chosen: Chosen, request: Request) -> JSONResponse:
     """Let the name point at a version."""
     registry: Registry = request.app.state.qpack.registry
-    return await _answer(lambda: _alias(registry.promote(name, chosen.version, by="the API")))
+    return await _answer(lambda: _alias(registry.promote(name, chosen.version, by=chosen.by)))
 
 
 @router.post("/{name}/rollback")

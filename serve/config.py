@@ -1,14 +1,17 @@
 """What to serve, checked completely before the engine is loaded.
 
-Refused: a base that is not packed as NF4; adapters beside packed experts; an adapter that is malformed, of another
-base, or larger than the rank asked for; a name that is illegal, used twice, or the base's own; a registry of another
-base; an address that others can reach, without API keys; an option of vLLM that would break what is promised. An
-adapter whose record names another base is refused too, unless ``force`` is set.
+Refused, and all of it at once: a base that is not packed as NF4; adapters beside packed experts; an adapter that is
+malformed, of another base, or larger than the rank asked for; a name that is illegal, used twice, or the base's own; a
+registry of another base; an address that others can reach, without API keys; an option of vLLM that would break what is
+promised; numbers that contradict each other or the base. An adapter whose record names another base is refused too,
+unless ``force`` is set.
+
+What a registry holds is no reason not to start: a version of a rank over the one asked for is listed as not servable.
 """
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,19 +19,19 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from qpack.adapters.adapter import CONFIG_NAME, Adapter
-from qpack.adapters.record import check_base
+from qpack.adapters.record import Base, check_base
 from qpack.adapters.trained import changes
 from qpack.checkpoint import Checkpoint
 from qpack.errors import ServeError
 from qpack.loading.base import require_packed
 from qpack.policy.skipping import EXPERT
+from qpack.problems import Problems
 from serve.gate.access import is_loopback
 from serve.gate.keys import FILE_NAME as KEYS_NAME
 from serve.gate.keys import Keys
 from serve.gate.limits import RequestLimits
 from serve.passed_on import passed_on
-from serve.registry import Registry
-from serve.registry.registry import DATABASE_NAME
+from serve.registry import Registry, RegistryError, Version
 from serve.registry.version import NAME, NAME_RULE
 
 # The ranks that vLLM can allocate slots for: MaxLoRARanks in vllm/config/lora.py.
@@ -37,6 +40,9 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 TRACING_PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp")
 """What vLLM sends traces with."""
 _PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+
+# With this set vLLM takes a length that the model was not made for.
+_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
 # By default: adapters that come later find so many slots at least, of so large a rank; nobody pays for more unasked.
 _LEAST_SLOTS, _MOST_SLOTS = 4, 16
@@ -53,6 +59,7 @@ class ServeConfig:
         AdapterError: if an adapter is malformed or of another base.
         RegistryError: if the registry is of another base.
         ServeError: for a name, address or number that cannot be served.
+        SeveralErrors: for more than one of these; all that is wrong is found.
     """
 
     base: Path
@@ -93,35 +100,52 @@ class ServeConfig:
     """Show vLLM's own log."""
 
     def __post_init__(self) -> None:
+        problems = Problems()
         base = self.base.resolve()
         adapters = {name: path.resolve() for name, path in self.adapters.items()}
-        given = adapters | _subdirectories(self.watch, adapters)
-        _check_names(base, given)
-        _check_numbers(self)
-        _check_address(self)
-        _check_tracing(self.otlp_traces_endpoint)
+        given = dict(adapters)
+        with problems.noted():
+            given |= watched(self.watch) if self.watch else {}
+            problems.note(_taken(given, adapters))
+        problems.note(_wrong_names(base, given))
+        problems.note(_wrong_numbers(self))
+        with problems.noted():
+            _check_address(self)
+        with problems.noted():
+            _check_tracing(self.otlp_traces_endpoint)
         for option in self.vllm_options:
-            passed_on(option)
-        checkpoint = require_packed(base)
-        ranks = _registered(self.registry, base) | _checked_ranks(given, checkpoint, force=self.force)
+            with problems.noted():
+                passed_on(option)
+        slots_wanted = bool(given or self.registry or self.watch)
+        ranks: dict[str, int] = {}
+        kept: list[Version] = []
+        with problems.noted():
+            checkpoint = require_packed(base)
+            problems.note(_wrong_length(self.max_model_len, checkpoint))
+            problems.note(_without_slots(base, checkpoint) if slots_wanted else ())
+            with problems.noted():
+                kept = _registered(self.registry, checkpoint)
+            ranks = _checked_ranks(given, checkpoint, problems, force=self.force)
+        problems.note(_too_large(given, ranks, self.max_lora_rank))
 
         fill = object.__setattr__  # the way of a frozen dataclass to hold what its checks have worked out
         fill(self, "base", base)
         fill(self, "adapters", adapters)
         fill(self, "watch", self.watch and self.watch.resolve())
         fill(self, "registry", self.registry and self.registry.resolve())
-        if not (ranks or self.registry or self.watch):
-            if self.max_loras or self.max_cpu_loras or self.max_lora_rank:
-                raise ServeError("max_loras, max_cpu_loras and max_lora_rank need an adapter, or a registry for some")
-            return
-        _require_slots(base, checkpoint)
-        slots = self.max_loras or min(max(len(ranks), _LEAST_SLOTS), _MOST_SLOTS)
-        resident = self.max_cpu_loras or max(len(ranks), slots, _LEAST_RESIDENT)
-        if resident < slots:
-            raise ServeError(f"max_cpu_loras {resident}: expected at least max_loras, {slots}")
-        fill(self, "max_loras", slots)
-        fill(self, "max_cpu_loras", resident)
-        fill(self, "max_lora_rank", _slot_rank(given, ranks, self.max_lora_rank))
+        if slots_wanted:
+            ranks |= {version.id: version.rank for version in kept}
+            slots = self.max_loras or min(max(len(ranks), _LEAST_SLOTS), _MOST_SLOTS)
+            resident = self.max_cpu_loras or max(len(ranks), slots, _LEAST_RESIDENT)
+            problems.note(_too_few_places(slots, resident, [version for version in kept if version.pinned]))
+            fill(self, "max_loras", slots)
+            fill(self, "max_cpu_loras", resident)
+            fill(self, "max_lora_rank", self.max_lora_rank or _slot_rank(ranks.values()))
+        elif self.max_loras or self.max_cpu_loras or self.max_lora_rank:
+            problems.note(
+                [ServeError("max_loras, max_cpu_loras and max_lora_rank need an adapter, or a registry for some")]
+            )
+        problems.raise_found()
 
     @property
     def name(self) -> str:
@@ -146,37 +170,55 @@ def collect_adapters(pairs: Iterable[str] = ()) -> dict[str, Path]:
     return adapters
 
 
-def _subdirectories(watch: Path | None, adapters: Mapping[str, Path]) -> dict[str, Path]:
-    """The adapters in a watched directory, by their own names; what has no adapter_config.json is none."""
-    if watch is None:
-        return {}
-    if not watch.is_dir():
-        raise ServeError(f"{watch}: not a directory of adapters")
-    found = {config.parent.name: config.parent.resolve() for config in sorted(watch.glob(f"*/{CONFIG_NAME}"))}
-    for name in found.keys() & adapters.keys():
-        raise ServeError(f"adapter {found[name]}: the name {name!r} is already used by {adapters[name]}")
-    return found
+def watched(directory: Path) -> dict[str, Path]:
+    """Return the adapters in a watched directory, by their own names; what has no adapter_config.json is none.
+
+    Raises:
+        ServeError: if there is no such directory.
+    """
+    if not directory.is_dir():
+        raise ServeError(f"{directory}: not a directory of adapters")
+    return {config.parent.name: config.parent.resolve() for config in sorted(directory.glob(f"*/{CONFIG_NAME}"))}
 
 
-def _check_names(base: Path, adapters: Mapping[str, Path]) -> None:
+def _taken(given: Mapping[str, Path], adapters: Mapping[str, Path]) -> Iterator[ServeError]:
+    """Names in the watched directory that an option gives to another adapter."""
+    for name, path in adapters.items():
+        if given[name] != path:
+            yield ServeError(f"adapter {given[name]}: the name {name!r} is already used by {path}")
+
+
+def _wrong_names(base: Path, adapters: Mapping[str, Path]) -> Iterator[ServeError]:
     for name, owner in ((base.name, f"base {base}"), *((name, f"adapter {path}") for name, path in adapters.items())):
         if not NAME.fullmatch(name):
-            raise ServeError(f"{owner}: the name {name!r} is not {NAME_RULE}")
+            yield ServeError(f"{owner}: the name {name!r} is not {NAME_RULE}")
     if base.name in adapters:
-        raise ServeError(f"adapter {adapters[base.name]}: the name {base.name!r} is the base's own")
+        yield ServeError(f"adapter {adapters[base.name]}: the name {base.name!r} is the base's own")
 
 
-def _check_numbers(config: ServeConfig) -> None:
+def _wrong_numbers(config: ServeConfig) -> Iterator[ServeError]:
     if not 0 <= config.port <= 65535:
-        raise ServeError(f"port {config.port}: expected 0 to 65535")
+        yield ServeError(f"port {config.port}: expected 0 to 65535")
     if not 0 <= config.drain_timeout < math.inf:
-        raise ServeError(f"drain_timeout {config.drain_timeout}: expected 0 or more seconds")
+        yield ServeError(f"drain_timeout {config.drain_timeout}: expected 0 or more seconds")
     for option in ("max_loras", "max_cpu_loras", "max_model_len"):
         value = getattr(config, option)
         if value is not None and value < 1:
-            raise ServeError(f"{option} {value}: expected at least 1")
+            yield ServeError(f"{option} {value}: expected at least 1")
     if config.max_lora_rank is not None and config.max_lora_rank not in LORA_RANKS:
-        raise ServeError(f"max_lora_rank {config.max_lora_rank}: expected one of {', '.join(map(str, LORA_RANKS))}")
+        yield ServeError(f"max_lora_rank {config.max_lora_rank}: expected one of {', '.join(map(str, LORA_RANKS))}")
+
+
+def _wrong_length(asked: int | None, checkpoint: Checkpoint) -> Iterator[ServeError]:
+    """What vLLM would say of a length over the model's, after a minute (`_get_and_verify_max_len`).
+
+    Positions that are scaled (RoPE) are left to vLLM, and so are those who have told it to go on.
+    """
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    longest = text.get("max_position_embeddings")
+    scaled = "factor" in str(text.get("rope_parameters") or text.get("rope_scaling") or "")
+    if asked and isinstance(longest, int) and asked > longest and not scaled and not os.environ.get(_LONG):
+        yield ServeError(f"max_model_len {asked}: the model has max_position_embeddings {longest}")
 
 
 def _check_address(config: ServeConfig) -> None:
@@ -192,18 +234,19 @@ def _check_address(config: ServeConfig) -> None:
     )
 
 
-def _require_slots(base: Path, checkpoint: Checkpoint) -> None:
-    """Refuse adapters, of whatever layers, beside 4-bit experts: vLLM 0.32 would refuse to start, minutes later.
+def _without_slots(base: Path, checkpoint: Checkpoint) -> Iterator[ServeError]:
+    """Adapters, of whatever layers, beside 4-bit experts: vLLM 0.32 would refuse to start, minutes later.
 
     It makes slots for every layer, and can't for these: they run in no kernel of its own that adds adapters
     (``FusedMoEWithLoRA``: "Old-style modular kernel not supported").
     """
     for name in sorted(checkpoint.packed):
         if EXPERT.fullmatch(name.removesuffix(".weight")):
-            raise ServeError(
+            yield ServeError(
                 f"{base}: {name} is a packed expert, and vLLM has no adapters beside 4-bit experts; merge the adapter "
                 "into its base (`qpack merge`), pack the result, and serve that without a registry"
             )
+            return
 
 
 def _check_tracing(endpoint: str | None) -> None:
@@ -222,31 +265,60 @@ def _check_tracing(endpoint: str | None) -> None:
             raise ServeError(f"otlp_traces_endpoint needs the package {package}: install it") from None
 
 
-def _registered(registry: Path | None, base: Path) -> dict[str, int]:
-    """The ranks of the versions in a registry, by their ids."""
-    if registry is None or not (registry / DATABASE_NAME).is_file():
-        return {}
-    with Registry.open(registry, base=base) as opened:
-        return {version.id: version.rank for version in opened.versions()}
+def _registered(registry: Path | None, checkpoint: Checkpoint) -> list[Version]:
+    """The versions in a registry, which is left as it is.
+
+    Raises:
+        ServeError: if it is for another base, or is none.
+    """
+    if registry is None:
+        return []
+    if registry.exists() and not registry.is_dir():
+        raise ServeError(f"registry {registry}: not a directory")
+    try:
+        opened = Registry.open(registry)
+    except RegistryError as error:
+        if error.status == 404:
+            return []  # it will be made
+        raise
+    with opened:
+        opened.require(Base.of(checkpoint))
+        return [*opened.versions()]
 
 
-def _checked_ranks(adapters: Mapping[str, Path], checkpoint: Checkpoint, *, force: bool) -> dict[str, int]:
-    """The ranks of adapters, by their names, if all of them fit the base."""
+def _checked_ranks(
+    adapters: Mapping[str, Path], checkpoint: Checkpoint, problems: Problems, *, force: bool
+) -> dict[str, int]:
+    """The ranks of those adapters, by their names, that fit the base."""
     ranks = {}
     for name, path in adapters.items():
-        adapter = Adapter.open(path)
-        adapter.require_plain()
-        changes(adapter, checkpoint, ())
-        ranks[name] = adapter.rank
-    check_base(adapters.values(), checkpoint, force=force)
+        with problems.noted():
+            adapter = Adapter.open(path)
+            adapter.require_plain()
+            changes(adapter, checkpoint, ())
+            ranks[name] = adapter.rank
+    with problems.noted():
+        check_base([adapters[name] for name in ranks], checkpoint, force=force)
     return ranks
 
 
-def _slot_rank(given: Mapping[str, Path], ranks: Mapping[str, int], asked: int | None) -> int:
-    """Return the rank of a slot: the one asked for, else the smallest legal one; every adapter must fit in."""
-    largest = max(ranks, key=ranks.__getitem__, default="")
-    rank = ranks.get(largest, 1)
-    limit = asked or LORA_RANKS[-1]
-    if rank > limit:
-        raise ServeError(f"{given.get(largest, largest)}: rank {rank} does not fit in max_lora_rank {limit}")
-    return asked or next(one for one in LORA_RANKS if one >= max(rank, _LEAST_RANK))
+def _too_large(given: Mapping[str, Path], ranks: Mapping[str, int], asked: int | None) -> Iterator[ServeError]:
+    """Adapters that do not fit in a slot of the rank that was asked for."""
+    limit = asked if asked in LORA_RANKS else LORA_RANKS[-1]
+    for name, rank in ranks.items():
+        if rank > limit:
+            yield ServeError(f"{given[name]}: rank {rank} does not fit in max_lora_rank {limit}")
+
+
+def _too_few_places(slots: int, resident: int, pinned: Sequence[Version]) -> Iterator[ServeError]:
+    if resident < slots:
+        yield ServeError(f"max_cpu_loras {resident}: expected at least max_loras, {slots}")
+    elif resident < len(pinned):
+        names = ", ".join(version.id for version in pinned)
+        yield ServeError(f"max_cpu_loras {resident}: {len(pinned)} versions are pinned, which are to stay: {names}")
+
+
+def _slot_rank(ranks: Iterable[int]) -> int:
+    """The smallest rank of a slot that all of these fit in, and more that may come."""
+    largest = min(max(ranks, default=0), LORA_RANKS[-1])
+    return next(rank for rank in LORA_RANKS if rank >= max(largest, _LEAST_RANK))

@@ -133,7 +133,7 @@ class Running:
         while True:
             if (generation := self.registry.generation()) != seen:
                 seen = generation
-                self.residency.follow(self.registry.versions())
+                self.residency.follow(version for version in self.registry.versions() if not version.unservable)
             await asyncio.sleep(_FOLLOW_SECONDS)
 
     def _drain_soon(self) -> None:

@@ -34,7 +34,7 @@ def serve(config: ServeConfig) -> None:
         ServeError: if the port is taken, a plugin is missing, the engine does not load, or keeps dying.
     """
     environment = engine_environment(os.environ, verbose=config.verbose)
-    _require_plugins()
+    require_plugins()
     with listen(config.host, config.port) as listener, stocked(config) as stock:
         os.environ.update(environment)
         logger.info("loading engine for %s", config.base)
@@ -56,7 +56,7 @@ async def _supervise(config: ServeConfig, stock: Stock, listener: socket.socket)
 
 def _announce(listener: socket.socket, stock: Stock) -> None:
     host, port = listener.getsockname()[:2]
-    names = stock.registry.aliases()
+    names = [name for name, alias in stock.registry.aliases().items() if not alias.live.unservable]
     logger.info(
         "ready at http://%s:%d/v1 with %d adapters: %s",
         f"[{host}]" if ":" in host else host,
@@ -84,7 +84,12 @@ def engine_environment(current: Mapping[str, str], *, verbose: bool) -> dict[str
     return environment
 
 
-def _require_plugins() -> None:
+def require_plugins() -> None:
+    """Refuse an environment without the plugins that vLLM needs for a packed base.
+
+    Raises:
+        ServeError: naming the package to install.
+    """
     present = {entry.name for entry in metadata.entry_points(group="vllm.general_plugins")}
     for name, package in _PLUGINS.items():
         if name not in present:

@@ -59,6 +59,9 @@ def stocked(config: ServeConfig) -> Iterator[Stock]:
         )
         limits = Limits(max_rank=config.max_lora_rank, any_base=config.force) if config.max_lora_rank else None
         registry = stack.enter_context(Registry.open(directory, base=config.base, limits=limits))
+        for version in registry.versions():
+            if version.unservable:
+                logger.warning("adapter %s is not served: %s", version.id, version.unservable)
         for name, path in config.adapters.items():
             registry.add(name, path, by="the command line")
         watch = Watch(registry, config.watch) if config.watch else None

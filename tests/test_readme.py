@@ -176,6 +176,11 @@ def test_docs_serve_s_commands_run(workspace: Path) -> None:
     for language, block in all_blocks(SERVE):
         if language == "sh" and block.startswith(("qpack adapters", "qpack keys")):
             run_commands(block.replace("7c01", april[:4]), workspace)
+    (workspace / "adapters").mkdir()
+    [example] = [block for language, block in all_blocks(SERVE) if language == "yaml"]
+    (workspace / "serve.yaml").write_text(example)
+    [check, _] = next(block for _, block in all_blocks(SERVE) if "--check" in block).splitlines()
+    run_commands(check, workspace)
     with Registry.open(workspace / "registry") as registry:
         assert len(registry.versions("support")) == 2
 

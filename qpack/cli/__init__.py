@@ -59,5 +59,6 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    click.echo(f"error: {message}", err=True)
+    for line in message.splitlines():
+        click.echo(f"error: {line}", err=True)
     sys.exit(1)

@@ -29,6 +29,18 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class NamedDirectory(click.ParamType[str]):
+    """``NAME=DIR``."""
+
+    name = "name=dir"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name, _, directory = str(value).partition("=")
+        if not (name and directory):
+            self.fail(f"{value!r}: expected NAME=DIR", param, ctx)
+        return str(value)
+
+
 def setting(flag: str, type: type, help: str) -> Callable[[Command], Command]:
     """An option for one of TrainSettings' fields; None, so not given, leaves the field to file or default."""
     from qpack.training import TrainSettings

@@ -5,13 +5,17 @@ from typing import Any
 import click
 
 from qpack import terminal
+from qpack.cli.config_file import config_file
 from qpack.cli.limits import request_limits
-from qpack.cli.options import DIRECTORY, verbosity
+from qpack.cli.options import DIRECTORY, NamedDirectory, verbosity
+from qpack.reports import serving
 
 
 @click.command()
 @click.argument("base", type=DIRECTORY)
-@click.option("--adapter", "pairs", metavar="NAME=DIR", multiple=True, help="Adapter to serve as NAME; repeatable.")
+@config_file
+@click.option("--check", is_flag=True, help="Start nothing: check all of this and print what would be served.")
+@click.option("--adapter", "pairs", type=NamedDirectory(), multiple=True, help="Adapter to serve as NAME; repeatable.")
 @click.option("--adapters", "watch", type=DIRECTORY, help="Directory of adapters, which may come and go.")
 @click.option("--registry", type=DIRECTORY, help="Directory to keep adapters and API keys in.  [default: none is kept]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -31,9 +35,16 @@ from qpack.cli.options import DIRECTORY, verbosity
 @request_limits
 @click.option("--force", is_flag=True, help="Serve adapters that were trained on another base, too.")
 @verbosity
-def serve(pairs: tuple[str, ...], quiet: bool, **options: Any) -> None:
+def serve(pairs: tuple[str, ...], check: bool, quiet: bool, **options: Any) -> None:
     """Answer an OpenAI-compatible API with the packed model BASE and its adapters."""
     from serve import ServeConfig, collect_adapters
     from serve import serve as run
 
-    run(ServeConfig(adapters=collect_adapters(pairs), verbose=terminal.verbose(), **options))
+    options |= {"adapters": collect_adapters(pairs), "verbose": terminal.verbose()}
+    if check:
+        from serve.preflight import preflight
+
+        for line in serving.as_lines(preflight(**options)):
+            click.echo(line)
+    else:
+        run(ServeConfig(**options))

@@ -30,17 +30,18 @@ def as_json(versions: tuple["Version", ...], aliases: Mapping[str, "Alias"]) -> 
             "canary": alias.canaries.get(version, 0) if alias else 0,
             "shadow": alias is not None and alias.shadow == version,
             "pinned": version.pinned,
+            "unservable": version.unservable,
             "rank": version.rank,
             "size": version.size,
             "base": version.base,
             "added": version.added,
             "by": version.by,
-            "path": str(version.path),
+            "path": str(version.path) if version.path.parts else None,
         }
 
 
 def state(version: "Version", alias: "Alias | None") -> str:
-    """In words: live, a canary, a shadow, pinned, or nothing of that."""
+    """In words: live, a canary, a shadow, pinned, unservable, or nothing of that."""
     words = []
     if alias and alias.live == version:
         words.append("live")
@@ -50,6 +51,8 @@ def state(version: "Version", alias: "Alias | None") -> str:
         words.append("shadow")
     if version.pinned:
         words.append("pinned")
+    if version.unservable:
+        words.append("unservable")
     return ", ".join(words) or "-"
 
 

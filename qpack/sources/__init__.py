@@ -17,7 +17,7 @@ from qpack.companions import find_companions
 from qpack.errors import CheckpointError
 from qpack.sources.shards import ShardFetcher
 
-__all__ = ["ShardFetcher", "Source", "find_adapter", "open_source"]
+__all__ = ["ShardFetcher", "Source", "find_adapter", "is_hub_id", "local_adapter", "open_source"]
 
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -85,7 +85,7 @@ def open_source(
     """
     path = Path(source)
     if not path.exists():
-        if not _is_id(str(source)):
+        if not is_hub_id(str(source)):
             raise CheckpointError(f"{source}: no such file or directory, and not the id of a model of the hub")
         return _open_hub(str(source), work, revision=revision, allow_pickle=allow_pickle, low_disk=low_disk)
     for option, given in (("revision", revision is not None), ("low disk", low_disk)):
@@ -103,18 +103,29 @@ def find_adapter(source: str, *, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: in one line, if it is neither there nor on the hub.
     """
-    if Path(source).exists():
-        if revision is not None:
-            raise CheckpointError(f"{source}: is a local path; revision is for adapters of the hub")
-        return Path(source)
-    if not _is_id(source):
-        raise CheckpointError(f"{source}: no such file or directory, and not the id of an adapter of the hub")
+    if (local := local_adapter(source, revision=revision)) is not None:
+        return local
     from qpack.sources import hub
 
     return hub.download_adapter(source, revision)
 
 
-def _is_id(source: str) -> bool:
+def local_adapter(source: str, *, revision: str | None = None) -> Path | None:
+    """The directory ``source`` if it exists, None if it is the id of an adapter of the hub.
+
+    Raises:
+        CheckpointError: if it can be neither, or is a directory of which a revision is asked for.
+    """
+    if Path(source).exists():
+        if revision is not None:
+            raise CheckpointError(f"{source}: is a local path; revision is for adapters of the hub")
+        return Path(source)
+    if not is_hub_id(source):
+        raise CheckpointError(f"{source}: no such file or directory, and not the id of an adapter of the hub")
+    return None
+
+
+def is_hub_id(source: str) -> bool:
     """Whether ``source`` could be a hub id: ``org/name`` or ``name``, and no file name."""
     return bool(_ID.fullmatch(source)) and not source.endswith((".safetensors", ".json", *PICKLED_SUFFIXES))
 

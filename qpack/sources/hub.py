@@ -19,6 +19,7 @@ import huggingface_hub
 from huggingface_hub import RepoFile, constants, errors
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but exported lazily
     build_hf_headers,
+    disable_progress_bars,
     hf_raise_for_status,
     http_stream_backoff,
 )
@@ -38,6 +39,8 @@ from qpack.errors import CheckpointError, HubError
 
 # What goes along with the weights: configuration, tokenizer, chat template, custom code, licence and model card.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*")
+
+_ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, RECORD_NAME)
 
 # One request gets the length and, of most files, the whole header.
 _FIRST_BYTES = 100_000
@@ -188,15 +191,42 @@ def find(name: str, revision: str | None) -> Model:
     return model
 
 
-def download_adapter(name: str, revision: str | None) -> Path:
-    """Download the settings and the safetensors of a LoRA adapter, and return where they are.
+def show_no_progress() -> None:
+    """Let the client draw no bars from now on."""
+    disable_progress_bars()
+
+
+def is_offline() -> bool:
+    """Whether the client is told to ask nobody."""
+    return constants.is_offline_mode()
+
+
+def adapter_size(name: str, revision: str | None) -> tuple[str, int]:
+    """The commit that a revision is now, and the bytes of what `download_adapter` would fetch of it.
 
     Raises:
-        CheckpointError: in one line, if there is no such repository, or it cannot be reached and is not in the cache.
+        HubError: in one line, if there is no such repository or revision, or the hub cannot be reached.
     """
-    files = [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, RECORD_NAME]
     with one_line(name, revision):
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+        commit = str(huggingface_hub.model_info(name, revision=revision).sha)
+        listing = huggingface_hub.list_repo_tree(name, revision=commit)
+        return commit, sum(file.size for file in listing if isinstance(file, RepoFile) and file.path in _ADAPTER_FILES)
+
+
+def download_adapter(name: str, revision: str | None, *, cache: Path | None = None) -> Path:
+    """Download the settings and the safetensors of a LoRA adapter, and return where they are.
+
+    ``cache`` takes the place of the client's own.
+
+    Raises:
+        HubError: in one line, if there is no such repository, or it cannot be reached and is not in the cache.
+    """
+    with one_line(name, revision):
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=[*_ADAPTER_FILES], cache_dir=cache
+            )
+        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def models(
     """What ``GET /v1/models`` lists: the base, the aliases and the versions that a key may use.
 
     ``root`` is the version that answers, ``parent`` the base; an alias with canaries has their per cent too. No paths.
-    ``said`` is what is said of each.
+    ``said`` is what is said of each. What can't be served is not listed.
     """
 
     def card(name: str, created: float, root: str, parent: str | None) -> dict[str, Any]:
@@ -34,9 +34,9 @@ def models(
 
     cards = [card(base, started, base, None)] if may_use(base) else []
     for name, alias in catalogue.aliases().items():
-        if may_use(name):
+        if may_use(name) and not alias.live.unservable:
             cards.append(card(name, alias.since, alias.live.id, base))
             if alias.canaries:
                 cards[-1]["canaries"] = {version.id: percent for version, percent in alias.canaries.items()}
-    versions = (version for version in catalogue.versions() if may_use(version.name))
+    versions = (one for one in catalogue.versions() if may_use(one.name) and not one.unservable)
     return cards + [card(version.id, version.added, version.id, base) for version in versions]

@@ -286,7 +286,7 @@ class Gate:
         """The version that answers, None for the base.
 
         Raises:
-            Refusal: 404 if there is none, or none that the key may use.
+            Refusal: 404 if there is none, or none that the key may use; 503 if this server has no room for its rank.
         """
         model = question.model
         if model is None or model == self._base:
@@ -297,6 +297,8 @@ class Gate:
             raise _no_such_model(model)
         if key and not key.may_use(name):
             raise _no_such_model(model or name)
+        if version and version.unservable:
+            raise Refusal(503, f"{version.id} is not served: {version.unservable}", "model")
         return version
 
     def _patience(self, exchange: Exchange) -> float:

@@ -113,9 +113,7 @@ class Staged:
         Raises:
             RegistryError: if a file is missing, is none, lies elsewhere, or is larger than it may be.
         """
-        if not source.is_dir():
-            raise RegistryError(f"{source}: not a directory")
-        _require_safetensors(source)
+        require_safetensors(source)
         left = limits.max_bytes
         for name, limit in ((CONFIG_NAME, CONFIG_BYTES), (RECORD_NAME, CONFIG_BYTES), (WEIGHTS_NAME, left)):
             if name != RECORD_NAME or os.path.lexists(source / name):
@@ -176,7 +174,10 @@ def _too_large(path: Path, size: int, limit: int) -> RegistryError:
     return RegistryError(f"{path}: {format_size(size)}, expected at most {format_size(limit)}", 413)
 
 
-def _require_safetensors(source: Path) -> None:
+def require_safetensors(source: Path) -> None:
+    """Refuse what is no directory, or holds pickled weights alone."""
+    if not source.is_dir():
+        raise RegistryError(f"{source}: not a directory")
     if not os.path.lexists(source / WEIGHTS_NAME):
         for path in sorted(source.glob("adapter_model.*")):
             if path.suffix in PICKLED_SUFFIXES:

@@ -107,6 +107,10 @@ class Registry:
         """What every new adapter is checked against."""
         return Limits(**json.loads(self.bound.limits))
 
+    def require(self, base: Base) -> None:
+        """Refuse another base than the one that this registry is for."""
+        _require_same(self.directory, self.bound, base)
+
     # ---- reading ---------------------------------------------------------------------------------
 
     def generation(self) -> int:
@@ -206,7 +210,7 @@ class Registry:
     def promote(self, name: str, digest: str, *, by: str) -> Alias:
         """Let ``name`` point at one version, for all; this ends a canary."""
         with self._database.change():
-            self._promote(name, self.find(name, digest).digest, by)
+            self._promote(name, self._servable(name, digest).digest, by)
         return self.alias(name)
 
     def rollback(self, name: str) -> Alias:
@@ -214,11 +218,14 @@ class Registry:
         with self._database.change():
             live = self.alias(name).live
             before = self._database.rows(
-                "SELECT max(number) FROM promotions WHERE name = ? AND digest <> ?", name, live.digest
-            )[0][0]
-            if before is None:
+                "SELECT number, digest FROM promotions WHERE name = ? AND digest <> ? ORDER BY number DESC LIMIT 1",
+                *(name, live.digest),
+            )
+            if not before:
                 raise RegistryError(f"{name}: no version was live before {live.id}", 409)
-            self._database.run("DELETE FROM promotions WHERE name = ? AND number > ?", name, before)
+            [(number, digest)] = before
+            self._servable(name, digest)
+            self._database.run("DELETE FROM promotions WHERE name = ? AND number > ?", name, number)
             self._end_trials(name)
         return self.alias(name)
 
@@ -255,7 +262,7 @@ class Registry:
         """Give other versions than the live one, by digest, their per cent of the users; none ends a canary."""
         with self._database.change():
             live = self.alias(name).live
-            found = {self.find(name, digest): percent for digest, percent in percents.items()}
+            found = {self._servable(name, digest): percent for digest, percent in percents.items()}
             if live in found:
                 raise RegistryError(f"{live.id} is live and gets what the others leave", 400)
             if any(not 0 < percent <= 100 for percent in found.values()) or sum(found.values()) > 100:
@@ -269,7 +276,7 @@ class Registry:
         """Let a version that is not live get copies of the requests to ``name``; None ends that."""
         with self._database.change():
             live = self.alias(name).live
-            version = self.find(name, digest) if digest else None
+            version = self._servable(name, digest) if digest else None
             if version == live:
                 raise RegistryError(f"{live.id} is live and gets all requests already", 400)
             self._database.run("DELETE FROM shadows WHERE name = ?", name)
@@ -278,6 +285,13 @@ class Registry:
         return self.alias(name)
 
     # ---- parts of a change -----------------------------------------------------------------------
+
+    def _servable(self, name: str, digest: str) -> Version:
+        """A version that may answer requests."""
+        version = self.find(name, digest)
+        if version.unservable:
+            raise RegistryError(f"{version.id}: {version.unservable}", 409)
+        return version
 
     def _promote(self, name: str, digest: str, by: str) -> None:
         live = self._database.rows("SELECT digest FROM promotions WHERE name = ? ORDER BY number DESC LIMIT 1", name)
@@ -314,14 +328,23 @@ class Registry:
 
     def _load(self) -> _State:
         rows = self._database.rows
+        bound = self._database.bound or self.bound  # a server that was started since may have set other limits
+        limit = Limits(**json.loads(bound.limits)).max_rank
         versions = {}
         for name, digest, rank, size, added, by, pinned in rows(
             "SELECT name, digest, rank, size, added, by, pinned FROM versions ORDER BY rowid"
         ):
-            path = self._files.path(digest)
-            fingerprint = self.bound.fingerprint
             versions[name, digest] = Version(
-                name, digest, path, rank, size, fingerprint, added, by, pinned=bool(pinned)
+                name=name,
+                digest=digest,
+                path=self._files.path(digest),
+                rank=rank,
+                size=size,
+                base=bound.fingerprint,
+                added=added,
+                by=by,
+                pinned=bool(pinned),
+                unservable=f"rank {rank} is over the server's --max-lora-rank {limit}" if rank > limit else None,
             )
         canaries: dict[str, dict[Version, float]] = {}
         for name, digest, percent in rows("SELECT name, digest, percent FROM canaries ORDER BY rowid"):

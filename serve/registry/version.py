@@ -30,7 +30,7 @@ class Version:
     """SHA-256, in hexadecimal, of tensors and settings (see `serve.registry.checks`)."""
     path: Path
     """Directory of its files, which the registry owns; there for as long as the registry lists the version, or longer
-    while `Registry.hold` keeps it."""
+    while `Registry.hold` keeps it. Empty if they are on another machine."""
     rank: int
     """The largest of any module."""
     size: int
@@ -43,6 +43,8 @@ class Version:
     """Who added it."""
     pinned: bool
     """Whether it stays in the engine."""
+    unservable: str | None = None
+    """Why requests for it are refused, if they are: a server's slots can be smaller than they were when it came."""
 
     @property
     def id(self) -> str:

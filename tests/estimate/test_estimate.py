@@ -74,6 +74,13 @@ def test_the_kv_cache_of_llama_2_7b_is_half_a_megabyte_a_token() -> None:
     assert serving(grouped, length=4096).parts["KV cache"] == 2**29
 
 
+def test_slots_of_adapters_hold_both_factors_of_every_linear_weight() -> None:
+    in_a_layer = 4 * (4096 + 4096) + 3 * (4096 + 11008)
+    slots = serving(LLAMA_7B, slots=4, rank=16).parts["adapter slots"]
+    assert slots == 2 * 4 * 16 * (32 * in_a_layer + 4096 + 32000)
+    assert "adapter slots" not in serving(LLAMA_7B).parts
+
+
 def test_the_parts_of_training_written_out() -> None:
     """Two layers: attention of two heads of 16, and a gated feed-forward part of 96."""
     attention = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
