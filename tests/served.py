@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -31,13 +31,14 @@ START_SECONDS = 400.0
 class ServerProcess:
     """``qpack serve`` on a free port; what it writes goes to a file in its folder."""
 
-    def __init__(self, folder: Path, base: Path, adapters: dict[str, Path], *options: str) -> None:
+    def __init__(self, folder: Path, base: Path, adapters: Mapping[str, Path], *options: str, **variables: str) -> None:
+        """Start it; ``variables`` are of its environment."""
         self.folder = folder
         self._log = folder / "log"
         command = [sys.executable, "-m", "qpack", "serve", str(base), "--port", "0", *options]
         for name, path in adapters.items():
             command += ["--adapter", f"{name}={path}"]
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB: plenty here, and seconds sooner
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | variables  # GiB: plenty here, and seconds sooner
         environment.pop("VLLM_LOGGING_LEVEL", None)  # TRL sets it for all of a process that imports it
         with self._log.open("wb") as stream:
             self._process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
@@ -67,6 +68,17 @@ class ServerProcess:
     def url(self) -> str:
         """The address, as the server gives it when it is ready."""
         return self.wait_for(r"^ready at (http://\S+)/v1 ").group(1)
+
+    @property
+    def staged(self) -> list[Path]:
+        """The directories with copies of adapters; the server holds them open."""
+        links = [
+            Path(link)
+            for process in psutil.Process(self._process.pid).children(recursive=True)
+            for link in Path(f"/proc/{process.pid}/fd").iterdir()
+        ]
+        opened = {link.readlink() for link in links if link.is_symlink()}
+        return sorted(path for path in opened if path.name.startswith("qpack-stage-"))
 
     def status(self, method: str, path: str) -> int:
         """Send a request with an empty object and return the status of the answer."""

@@ -1,11 +1,13 @@
 """A tiny base that knows six answers by heart, and two adapters, trained by qpack, that know others."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from collector import Collector
 from peft import PeftModel
 from served import MAX_TOKENS, Question, ServerProcess
 from taught import ANSWERS, PROMPTS, teach_adapter, teach_base
@@ -27,8 +29,15 @@ def adapters(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Where ``server`` sends its traces."""
+    with Collector() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
 def server(
-    packed: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    packed: Path, adapters: dict[str, Path], collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     """The base and both adapters: two slots, room for three versions in memory, a registry, a watched directory.
 
@@ -38,7 +47,14 @@ def server(
     (folder / "watched").mkdir()
     options = ("--registry", str(folder / "registry"), "--adapters", str(folder / "watched"), "--verbose")
     room = ("--max-loras", "2", "--max-cpu-loras", "3")
-    process = ServerProcess(folder, packed, adapters, *options, *room)
+    # A model of 1.4 M parameters might go on with blanks for ever.
+    structured = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+    tools = ("enable-auto-tool-choice", "tool-call-parser=hermes", f"structured-outputs-config={structured}")
+    vllm = [f"--vllm={option}" for option in tools]
+    traces = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    process = ServerProcess(
+        folder, packed, adapters, *options, *room, *vllm, "--otlp-traces-endpoint", collector.url, **traces
+    )
     yield process
     process.close()
 

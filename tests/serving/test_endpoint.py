@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 from served import Question, ServerProcess, ask
+from taught import PROMPTS
 
 from serve.routes import ALLOWED
 
@@ -108,6 +109,16 @@ def test_answers_in_one_batch_are_pefts(server: ServerProcess, expected: dict[Qu
     """Every slot is full and base requests run beside adapters: plain vLLM on CPU answers all of the base's wrongly."""
     questions = [*expected] * 3
     assert ask(server, questions) == [expected[question] for question in questions]
+
+
+def test_files_are_read_once(server: ServerProcess, expected: dict[Question, list[int]]) -> None:
+    """Loaded in place, as vLLM offers to, an adapter would be read again at every step."""
+    question = ("alpha", PROMPTS[0])
+    assert ask(server, [question]) == [expected[question]]
+    [copy] = [found for home in server.staged for found in home.glob("alpha@*")]
+    away = copy.rename(copy.with_name("away"))
+    assert ask(server, [question]) == [expected[question]]
+    away.rename(copy)
 
 
 def test_the_routes_are_known(server: ServerProcess) -> None:
