@@ -88,6 +88,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def engine_arguments(config: ServeConfig, port: int) -> list[str]:
     """Return what ``vllm serve`` would have to be given for this config on this machine."""
+    given = [passed_on(option) for option in config.vllm_options]
     options: dict[str, object] = {  # None is an option without a value
         "model": config.base,
         "served-model-name": config.name,
@@ -103,6 +104,8 @@ def engine_arguments(config: ServeConfig, port: int) -> list[str]:
         options["enforce-eager"] = None
         # The 4-bit layer fails in f32, which is what a base's config may say.
         options["dtype"] = "bfloat16"
+        if not any(name.endswith("-parallel-size") for name, _ in given):
+            options["distributed-executor-backend"] = "serve.executor.OneProcess"
         # vLLM's default is nearly all the memory of the machine, and a start is 4 s longer for each GiB.
         # VLLM_CPU_KVCACHE_SPACE (GiB), if set, takes precedence.
         options["kv-cache-memory-bytes"] = min(2 * _GIB, psutil.virtual_memory().available // 4)
@@ -116,7 +119,6 @@ def engine_arguments(config: ServeConfig, port: int) -> list[str]:
         options["override-generation-config"] = json.dumps({"max_new_tokens": config.limits.max_output_tokens})
     if config.otlp_traces_endpoint:
         options["otlp-traces-endpoint"] = config.otlp_traces_endpoint
-    given = [passed_on(option) for option in config.vllm_options]
     for name, _ in given:
         options.pop(name.removeprefix("no-"), None)
     # The last one is the outermost.

@@ -91,9 +91,13 @@ class ServerProcess:
             with error:
                 return error.code
 
+    def processes(self) -> list[psutil.Process]:
+        """All that it has started."""
+        return psutil.Process(self.pid).children(recursive=True)
+
     def kill_engine(self) -> None:
         """Kill vLLM's engine process."""
-        [engine] = [one for one in psutil.Process(self.pid).children(recursive=True) if "Engine" in one.name()]
+        [engine] = [one for one in self.processes() if "Engine" in one.name()]
         engine.kill()
 
     def send(self, number: signal.Signals) -> None:

@@ -36,8 +36,13 @@ def choose_compute() -> Compute:
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Compute("cuda", torch.bfloat16 if native else torch.float16)
+    return Compute("cpu", cpu_dtype())
+
+
+def cpu_dtype() -> torch.dtype:
+    """Return the dtype of the table above for this machine's CPU."""
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     # The capability that torch dispatches to: the environment can hold it below what the processor has.
     dispatched = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return Compute("cpu", torch.bfloat16 if native and dispatched else torch.float32)
+    return torch.bfloat16 if native and dispatched else torch.float32

@@ -121,6 +121,12 @@ def test_files_are_read_once(server: ServerProcess, expected: dict[Question, lis
     away.rename(copy)
 
 
+def test_engine_and_worker_are_one_process(server: ServerProcess) -> None:
+    """On a CPU too: every process that imports vLLM costs seconds of the start and most of a GiB."""
+    server.wait_for("^ready ")
+    assert sum("VLLM" in process.name() for process in server.processes()) == 1
+
+
 def test_the_routes_are_known(server: ServerProcess) -> None:
     listed = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", server.output)
     mounted = {(method, path) for path, methods in listed for method in methods.split(", ")}
@@ -182,7 +188,13 @@ def test_a_dead_engine_is_replaced(crowded: ServerProcess, expected: dict[Questi
 def test_a_drain_finishes_what_has_begun(crowded: ServerProcess) -> None:
     with openai.OpenAI(base_url=f"{crowded.url}/v1", api_key="none", max_retries=0) as client:
         stream = client.completions.create(
-            model="beta", prompt="hello", max_tokens=480, n=4, stream=True, extra_body={"ignore_eos": True}
+            model="beta",
+            prompt="hello",
+            max_tokens=480,
+            n=4,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
         )
         next(iter(stream))
         crowded.send(signal.SIGTERM)
@@ -191,6 +203,7 @@ def test_a_drain_finishes_what_has_begun(crowded: ServerProcess) -> None:
         with pytest.raises(openai.InternalServerError, match="the server is shutting down") as refused:
             client.completions.create(model="alpha", prompt="hello")
         assert refused.value.status_code == 503
-        assert sum(len(chunk.choices) for chunk in stream) >= 4 * 480 - 1
+        *_, last = stream
+        assert last.usage is not None and last.usage.completion_tokens == 4 * 480
     assert crowded.wait() == 0
     assert "stopped" in crowded.output.splitlines()

@@ -86,6 +86,15 @@ def test_vllm_gets_what_was_given(parsed: Callable[..., Namespace], packed: Path
     assert (given.dtype, given.enforce_eager, given.kv_cache_memory_bytes) == ("float16", False, 1_000_000)
 
 
+def test_one_process_has_one_worker(parsed: Callable[..., Namespace]) -> None:
+    from vllm.platforms import current_platform
+
+    ours = "serve.executor.OneProcess" if current_platform.is_cpu() else None
+    assert parsed().distributed_executor_backend == ours
+    assert parsed("distributed-executor-backend=mp").distributed_executor_backend == "mp"
+    assert parsed("tensor-parallel-size=2").distributed_executor_backend is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
