@@ -1,15 +1,22 @@
 """The real server, asked over HTTP: its answers against PEFT's token by token, its routes, and its ends."""
 
+import os
 import re
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import factors
+import httpx
 import openai
 import pytest
-from served import Question, ServerProcess, ask
+import torch
+from served import Question, ServerProcess, ask, stored, upload
 from taught import PROMPTS
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from serve.routes import ALLOWED
 
@@ -127,6 +134,37 @@ def test_engine_and_worker_are_one_process(server: ServerProcess) -> None:
     assert sum("VLLM" in process.name() for process in server.processes()) == 1
 
 
+def test_a_change_of_the_head_is_served(server: ServerProcess, packed: Path, tmp_path: Path) -> None:
+    """The head is the embedding's own matrix: the change of one must not become a change of the other."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 256, generator=generator) / 4, torch.randn(320, 4, generator=generator) / 4
+    name = "base_model.model.lm_head.lora_{}.weight"
+    factors.write(tmp_path / "head", {name.format("A"): a, name.format("B"): b}, lora_alpha=8)
+    tokenizer: Any = AutoTokenizer.from_pretrained(packed)
+    base: Any = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+    ids = tokenizer(PROMPTS[1], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        output = base(ids, output_hidden_states=True)
+    unchanged = output.logits[0, -1].float()
+    expected = (unchanged + 2 * b @ (a @ output.hidden_states[-1][0, -1].float())).log_softmax(-1)
+    with (
+        httpx.Client(base_url=f"{server.url}/v1", timeout=60) as admin,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        upload(admin, "head", tmp_path / "head")
+        answer = client.completions.create(
+            model="head", prompt=PROMPTS[1], max_tokens=1, logprobs=5, extra_body={"return_tokens_as_token_ids": True}
+        )
+        assert admin.delete("/adapters/head").status_code == 200
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.top_logprobs
+    for token, logprob in logprobs.top_logprobs[0].items():
+        index = int(token.removeprefix("token_id:"))
+        assert logprob == pytest.approx(float(expected[index]), abs=0.1)
+    assert abs(expected - unchanged.log_softmax(-1)).max() > 1
+
+
 def test_the_routes_are_known(server: ServerProcess) -> None:
     listed = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", server.output)
     mounted = {(method, path) for path, methods in listed for method in methods.split(", ")}
@@ -148,7 +186,8 @@ def crowded(
     packed: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     """Two adapters that share one slot, and the log as a user sees it."""
-    process = ServerProcess(tmp_path_factory.mktemp("crowded"), packed, adapters, "--max-loras", "1")
+    folder = tmp_path_factory.mktemp("crowded")
+    process = ServerProcess(folder, packed, adapters, "--max-loras", "1", "--registry", str(folder / "registry"))
     yield process
     process.close()
 
@@ -167,21 +206,40 @@ def test_a_start_is_quiet_but_not_silent(crowded: ServerProcess) -> None:
     assert not re.search(r" (INFO|WARNING|ERROR) ", crowded.output)
 
 
-def test_a_dead_engine_is_replaced(crowded: ServerProcess, expected: dict[Question, list[int]]) -> None:
-    """Killed in the middle of a stream: that ends in an error, whoever asks next is told to wait, then all is well."""
-    with openai.OpenAI(base_url=f"{crowded.url}/v1", api_key="none", max_retries=0) as client:
+def test_a_dead_engine_is_replaced(
+    crowded: ServerProcess, adapters: dict[str, Path], expected: dict[Question, list[int]]
+) -> None:
+    """Killed in the middle of a stream and of a load: both end in an error, whoever asks next is told to wait, then all
+    is well."""
+    with httpx.Client(base_url=f"{crowded.url}/v1", timeout=60) as admin:
+        file = stored(crowded, upload(admin, "late", adapters["beta"], lora_alpha=5))
+    content = file.read_bytes()
+    file.unlink()
+    os.mkfifo(file)
+    with (
+        openai.OpenAI(base_url=f"{crowded.url}/v1", api_key="none", max_retries=0) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        loading = pool.submit(client.completions.create, model="late", prompt="hello", max_tokens=4)
+        feed = file.open("wb")  # opens when the other end does: from then on the load is under way
         stream = client.completions.create(
-            model="alpha", prompt="hello", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+            model="packed", prompt="hello", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(stream))
         crowded.kill_engine()
         with pytest.raises(openai.APIError, match="the engine died and is being restarted"):
             assert sum(1 for _ in stream) > 400
-    while crowded.status("GET", "/health") != 503:
-        time.sleep(0.05)
-    assert crowded.status("POST", "/v1/completions") == 503
-    crowded.wait_for(r"^the engine died; .* starting it again in 1 s$")
-    crowded.wait_for(r"(?s)^ready .*^ready ")
+        with pytest.raises(openai.InternalServerError, match="the engine died and is being restarted"):
+            loading.result()
+        while crowded.status("GET", "/health") != 503:
+            time.sleep(0.05)
+        assert crowded.status("POST", "/v1/completions") == 503
+        feed.close()
+        file.unlink()
+        file.write_bytes(content)
+        crowded.wait_for(r"^the engine died; .* starting it again in 1 s$")
+        crowded.wait_for(r"(?s)^ready .*^ready ")
+        assert client.completions.create(model="late", prompt="hello", max_tokens=4).choices
     assert ask(crowded, [*expected]) == [*expected.values()]
 
 
