@@ -14,11 +14,13 @@ import httpx
 import openai
 import pytest
 import torch
+from browser import CHROMIUM, chromium
+from playwright.sync_api import expect
 from served import Question, ServerProcess, ask, stored, upload
-from taught import PROMPTS
+from taught import ANSWERS, PROMPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from serve.routes import ALLOWED
+from serve.routes import ALLOWED, PAGE
 
 pytestmark = pytest.mark.vllm
 
@@ -177,8 +179,24 @@ def test_denied_routes_are_not_found(server: ServerProcess) -> None:
 
 
 def test_routes_for_watching_answer(server: ServerProcess) -> None:
-    for path in ("/health", "/version", "/metrics", "/v1/models"):
+    for path in ("/health", "/version", "/metrics", "/v1/models", "/v1/adapters", *PAGE):
         assert server.status("GET", path) == 200, path
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+def test_the_page_asks_all_at_once(server: ServerProcess) -> None:
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.get_by_label("Prompt", exact=True).fill(PROMPTS[0])
+        for model in ANSWERS:
+            page.get_by_role("checkbox", name=model, exact=True).check()
+        page.get_by_role("button", name="Ask").click()
+        for model, answers in ANSWERS.items():
+            article = page.get_by_role("article", name=model)
+            expect(article.get_by_role("log")).to_have_text(answers[0], timeout=60_000)
+            expect(article.locator(".version")).to_have_text(re.compile(f"^{model}(@[0-9a-f]{{12}})?$"))
+        expect(page.get_by_role("rowheader", name=re.compile("^alpha answered by alpha@"))).to_be_visible()
 
 
 @pytest.fixture(scope="module")
