@@ -17,15 +17,16 @@ from taught import ANSWERS, PROMPTS
 
 pytestmark = pytest.mark.vllm
 
-REQUESTS = 2000
+# The least of each.
+REQUESTS, CHANGES = 2000, 40
 
 
 def test_every_answer_is_its_versions_own(server: ServerProcess, adapters: dict[str, Path]) -> None:
     """Two slots, three places in memory, six names, and versions that come and go all the time."""
     contents = [Content.read(path, ANSWERS[name]) for name, path in adapters.items()]
 
-    async def enough(load: Load, over: asyncio.Event) -> None:
-        while load.outcomes.total() < REQUESTS and not load.faults:
+    async def enough(load: Load, swaps: Swaps, over: asyncio.Event) -> None:
+        while (load.outcomes.total() < REQUESTS or swaps.changes.total() < CHANGES) and not load.faults + swaps.faults:
             await asyncio.sleep(0.1)
         over.set()
 
@@ -36,14 +37,13 @@ def test_every_answer_is_its_versions_own(server: ServerProcess, adapters: dict[
         swaps = Swaps(url, ledger, contents, [f"soak{number}" for number in range(6)], seed=0)
         await swaps.begin()
         over = asyncio.Event()
-        await asyncio.gather(together(load, swaps, over), enough(load, over))
+        await asyncio.gather(together(load, swaps, over), enough(load, swaps, over))
         await swaps.end()
         await load.close()
         return load, swaps
 
     load, swaps = asyncio.run(soak())
     assert load.faults + swaps.faults == []
-    assert swaps.changes.total() > 50, swaps.changes
     metrics = httpx.get(f"{server.url}/metrics", trust_env=False).text
     series = [line for line in metrics.splitlines() if line.startswith("vllm:lora_requests_info{")]
     assert len(series) <= 1, "one more for each list of adapters that ever ran together"
