@@ -57,13 +57,12 @@ async def _supervise(config: ServeConfig, stock: Stock, listener: socket.socket)
 def _announce(listener: socket.socket, stock: Stock) -> None:
     host, port = listener.getsockname()[:2]
     names = [name for name, alias in stock.registry.aliases().items() if not alias.live.unservable]
-    logger.info(
-        "ready at http://%s:%d/v1 with %d adapters: %s",
-        f"[{host}]" if ":" in host else host,
-        port,
-        len(names),
-        ", ".join(names) or "none",
-    )
+    logger.info("ready at %s with %d adapters: %s", api_url(host, port), len(names), ", ".join(names) or "none")
+
+
+def api_url(host: str, port: int | str) -> str:
+    """Return what OpenAI's clients want to know of a server."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def engine_environment(current: Mapping[str, str], *, verbose: bool) -> dict[str, str]:

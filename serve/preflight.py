@@ -21,7 +21,7 @@ from qpack.problems import Problems
 from serve.config import ServeConfig, watched
 from serve.gate.keys import FILE_NAME as KEYS_NAME
 from serve.gate.keys import Keys
-from serve.launch import engine_environment, listen, require_plugins
+from serve.launch import api_url, engine_environment, listen, require_plugins
 from serve.registry import Alias, Limits, Registry, Version
 from serve.registry.registry import DATABASE_NAME
 
@@ -31,6 +31,8 @@ class Preflight:
     """What would be served."""
 
     config: ServeConfig
+    url: str
+    """Where it would listen; PORT for a port that is only found at the start."""
     base: Base
     base_bytes: int
     """Of all its tensors."""
@@ -76,6 +78,7 @@ def preflight(*, host: str, port: int, **options: Any) -> Preflight:
     problems.raise_found()
     return Preflight(
         config=config,
+        url=api_url(config.host, config.port or "PORT"),
         base=Base.of(checkpoint),
         base_bytes=checkpoint.tensor_bytes,
         given=tuple(given),

@@ -9,7 +9,8 @@ wait until the test lets go, ``slow`` to wait ten times as long, ``crash`` and `
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,3 +351,11 @@ def site(
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something that will come."""
+    last = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < last
+        time.sleep(0.005)

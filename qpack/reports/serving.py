@@ -18,8 +18,7 @@ def as_lines(found: "Preflight") -> list[str]:
 def _facts(found: "Preflight") -> Iterator[tuple[str, str]]:
     config, base = found.config, found.base
     yield "base", f"{base.name}, {format_size(found.base_bytes)}, fingerprint {base.fingerprint[:12]}"
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    yield "listens at", f"http://{host}:{config.port or 'PORT'}/v1"
+    yield "listens at", found.url
     opened = "all" if config.without_keys else "this machine, without a key"
     yield "open to", opened if found.keys is None else f"{found.keys} key{'s' * (found.keys != 1)}"
     for version in found.given:

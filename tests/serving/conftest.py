@@ -2,16 +2,34 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from collector import Collector
+from gated import Site, site
 from peft import PeftModel
 from served import MAX_TOKENS, Question, ServerProcess
 from taught import ANSWERS, PROMPTS, teach_adapter, teach_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from serve.gate.keys import Keys
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Site]:
+    """The gate before a stand-in for vLLM."""
+    with site(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Iterator[Keys]:
+    """What ``qpack keys`` has open while the server runs."""
+    with closing(Keys(tmp_path)) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

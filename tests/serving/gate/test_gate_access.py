@@ -2,8 +2,6 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import openai
@@ -17,19 +15,6 @@ from serve.routes import ALLOWED, Message, Receive, Send
 
 OTHERS = {("GET", "/v1/adapters"), ("POST", "/adapters"), ("POST", "/invocations"), ("DELETE", "/adapters/alpha")}
 ROUTES = sorted(ALLOWED | OTHERS)
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Iterator[Keys]:
-    """What ``qpack keys`` has open while the server runs."""
-    with closing(Keys(tmp_path)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path) as made:
-        yield made
 
 
 def status(running: Site, method: str, path: str, token: str | None = None, **headers: str) -> int:

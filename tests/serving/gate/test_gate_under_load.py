@@ -3,8 +3,6 @@
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -13,24 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gated import BASE, Site, alias, site, version
+from gated import BASE, Site, alias, site, until, version
 
 from serve.gate.keys import Keys
 from serve.gate.limits import RequestLimits
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path) as made:
-        yield made
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait for something that will come."""
-    last = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < last
-        time.sleep(0.005)
 
 
 def at_rest(running: Site) -> bool:

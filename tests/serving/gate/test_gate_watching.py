@@ -3,13 +3,12 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from gated import BASE, TOKEN_SECONDS, Site, alias, site, version
+from gated import BASE, TOKEN_SECONDS, Site, alias, site, until, version
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -19,19 +18,6 @@ from serve.gate.shadow import Heard
 from serve.gate.tracing import Tracing
 
 LABELS = {"adapter": "support", "version": "000000000000"}
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path) as made:
-        yield made
-
-
-def until(true: Callable[[], bool]) -> None:
-    last = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < last
-        time.sleep(0.005)
 
 
 def test_requests_and_tokens_by_adapter_and_status(running: Site) -> None:

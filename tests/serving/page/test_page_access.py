@@ -2,31 +2,16 @@
 
 import base64
 import re
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-from gated import Site, site
+from gated import Site
 
 import serve.page
 from serve.gate.keys import Keys, Role
 from serve.routes import PAGE
 
 FOLDER = Path(serve.page.__file__).parent
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Iterator[Keys]:
-    """What ``qpack keys`` has open while the server runs."""
-    with closing(Keys(tmp_path)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path) as made:
-        yield made
 
 
 def basic(password: str, user: str = "anyone") -> str:
